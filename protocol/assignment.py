@@ -1,0 +1,37 @@
+"""The public rule by which a unit's id, seed and shards follow from the run config alone.
+
+Nobody chooses them: neither the volunteer, who could look for an easy seed, nor the coordinator, who could favour a
+friend. Source: PROTOCOL.md section 5; the verifier, not the prover, fixes data and randomness.
+"""
+
+import hashlib
+
+from protocol.documents import Digest, RunConfig, UnitId
+
+
+def unit_id(config_sha256: Digest, round_number: int, index: int) -> UnitId:
+    """Return SHA-256 over the config digest, the round and the unit's index in it."""
+    text = b"commonweight/unit/v1\0" + bytes.fromhex(config_sha256) + b"%d/%d" % (round_number, index)
+    return UnitId(hashlib.sha256(text).hexdigest())
+
+
+def unit_seed(unit: UnitId) -> Digest:
+    """Return the 32-byte seed, in hex, that all of a unit's randomness comes from."""
+    return Digest(hashlib.sha256(b"commonweight/unit-seed/v1\0" + bytes.fromhex(unit)).hexdigest())
+
+
+def unit_shards(config: RunConfig, round_number: int, index: int) -> tuple[Digest, ...]:
+    """Return the digests of a unit's shards: consecutive ones in the run's order, which covers them evenly."""
+    shards = config.data.shards
+    per_unit = min(config.rounds.shards_per_unit, len(shards))
+    first = ((round_number - 1) * config.rounds.units + index) * per_unit
+    return tuple(Digest(shards[(first + k) % len(shards)].sha256) for k in range(per_unit))
+
+
+def lr_scale(config: RunConfig, round_number: int) -> float:
+    """Return the learning rate's share in a round: linear from 1 in round 1 to `lr_final_share` in the last one."""
+    planned = config.rounds.planned
+    if planned == 1:
+        return 1.0
+    progress = min(round_number - 1, planned - 1) / (planned - 1)
+    return 1.0 - (1.0 - config.training.lr_final_share) * progress

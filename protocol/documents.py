@@ -1,0 +1,445 @@
+"""The signed documents: what each says, and the one way to turn it into bytes and back.
+
+A document is a frozen dataclass with a `format` number; its payload is canonical JSON; its digest is the SHA-256 of
+the payload. Members that a reader does not know are ignored and stay in the bytes; formats that it does not know are
+refused. Byte strings are written in hex; times are UTC milliseconds.
+"""
+
+import functools
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal, NewType, Protocol, TypeVar
+
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+
+from protocol.canonical import canonical_json, parse_json, sha256_hex
+from protocol.envelope import open_envelope, seal
+from protocol.errors import FormatUnknown, PayloadInvalid
+from protocol.keys import PrivateKey, PublicKey
+from protocol.limits import MAX_ARTIFACTS, MAX_ENVELOPE_BYTES, MAX_TEXT_CHARACTERS
+
+RunId = NewType("RunId", str)
+UnitId = NewType("UnitId", str)
+LeaseId = NewType("LeaseId", str)
+Digest = NewType("Digest", str)
+"""SHA-256, 64 lower-case hex digits."""
+
+_HEX = StringConstraints(pattern=r"^[0-9a-f]{64}$")
+Hex32 = Annotated[str, _HEX]
+ShortText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARACTERS)]
+Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+Role = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+RelativePath = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")
+]
+"""A path inside a published directory: no leading slash, no part that starts with a dot."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Document(Protocol):
+    """What every signed document has."""
+
+    TYPE: ClassVar[str]
+    FORMAT: ClassVar[int]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+D = TypeVar("D", bound=Document)
+
+
+def _media_type(name: str) -> str:
+    return f"application/vnd.commonweight.{name}+json"
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def payload_of(document: Document) -> bytes:
+    """Return the document's canonical JSON bytes, which are what gets signed and hashed."""
+    return canonical_json({"format": document.FORMAT, **asdict(document)})
+
+
+def digest_of(document: Document) -> Digest:
+    """Return the SHA-256 of the document's payload."""
+    return Digest(sha256_hex(payload_of(document)))
+
+
+def parse_payload(kind: type[D], payload: bytes) -> D:
+    """Turn payload bytes into a `kind`; raise `FormatUnknown` or `PayloadInvalid` (which names the member)."""
+    value = parse_json(payload)
+    if not isinstance(value, dict):
+        raise PayloadInvalid("A document is a JSON object.")
+    if value.get("format") != kind.FORMAT:
+        raise FormatUnknown(
+            f"This {kind.__name__} has format {str(value.get('format'))[:20]}; this version reads format {kind.FORMAT}."
+        )
+    try:
+        document: D = _adapter(kind).validate_json(payload, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise PayloadInvalid(f"{kind.__name__}: {where}: {first['msg']}.") from None
+    return document
+
+
+def sign(document: Document, key: PrivateKey) -> bytes:
+    """Return the envelope of `document`, signed by `key`."""
+    return seal(payload_of(document), document.TYPE, key)
+
+
+def verify(kind: type[D], raw: bytes, key: PublicKey, *, max_bytes: int = MAX_ENVELOPE_BYTES) -> D:
+    """Bytes in, verified document out: size, form, type, signature, format, content. Raises `DocumentRefused`."""
+    return parse_payload(kind, open_envelope(raw, kind.TYPE, key, max_bytes=max_bytes))
+
+
+def envelope_digest(kind: type[D], raw: bytes, key: PublicKey, *, max_bytes: int = MAX_ENVELOPE_BYTES) -> Digest:
+    """Return the SHA-256 of the signed payload bytes of an envelope, after verifying it."""
+    return Digest(sha256_hex(open_envelope(raw, kind.TYPE, key, max_bytes=max_bytes)))
+
+
+# --- keys ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delegation:
+    """The run's root key lets another key act in one role until a date."""
+
+    TYPE: ClassVar[str] = _media_type("delegation")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    role: Literal["coordinator", "auditor", "release"]
+    public_key: Hex32
+    not_after_ms: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceDelegation:
+    """An owner lets a device train in the owner's name."""
+
+    TYPE: ClassVar[str] = _media_type("device-delegation")
+    FORMAT: ClassVar[int] = 1
+    owner_public_key: Hex32
+    device_public_key: Hex32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerRevocation:
+    """Signed by the owner at first start and kept aside: shown to a run, it ends the owner key."""
+
+    TYPE: ClassVar[str] = _media_type("owner-revocation")
+    FORMAT: ClassVar[int] = 1
+    owner_public_key: Hex32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where the coordinator answers, and the certificate that it shows there; signed by the coordinator key."""
+
+    TYPE: ClassVar[str] = _media_type("endpoint")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    certificate_sha256: Hex32
+    public_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]{1,500}$")]
+    not_after_ms: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionProof:
+    """A device shows that it holds its key, on this connection, now; signed by the device."""
+
+    TYPE: ClassVar[str] = _media_type("session-proof")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    certificate_sha256: Hex32
+    nonce: Hex32
+    numerics: Count
+    trainer_version: ShortText
+    device_class: ShortText
+    terms_sha256: Hex32
+
+
+# --- the run -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRef:
+    """One data shard: its bytes' digest, its size and how many samples it holds."""
+
+    sha256: Hex32
+    size: Count
+    samples: Annotated[int, Field(ge=1, le=2**32)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """The ordered training shards, one held-out shard, and where the pictures come from."""
+
+    name: ShortText
+    source: ShortText
+    licence: ShortText
+    shards: Annotated[tuple[ShardRef, ...], Field(min_length=1)]
+    heldout: ShardRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """The inner loop of a work unit; every number that a replay needs. `text_dropout` counts in 2^-16."""
+
+    steps: Annotated[int, Field(ge=1, le=100_000)]
+    batch: Annotated[int, Field(ge=1, le=65_536)]
+    lr: Finite
+    lr_final_share: Finite
+    warmup_steps: Count
+    beta1: Finite
+    beta2: Finite
+    eps: Finite
+    weight_decay: Finite
+    grad_clip: Finite
+    text_dropout: Annotated[int, Field(ge=0, le=65_536)]
+    segment_steps: Annotated[int, Field(ge=1)]
+    precision: Literal["fp32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codec:
+    """How deltas are coded on their way up."""
+
+    kind: Literal["dither4"]
+    block: Annotated[int, Field(ge=16, le=65_536)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OuterStep:
+    """The outer SGD with Nesterov momentum (DiLoCo, arXiv 2311.08105, Algorithm 1)."""
+
+    lr: Finite
+    momentum: Finite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounds:
+    """When a round closes, and what becomes of late work. `staleness_discount` counts in 2^-24 per round."""
+
+    planned: Annotated[int, Field(ge=1, le=10_000_000)]
+    units: Annotated[int, Field(ge=1, le=1_000_000)]
+    shards_per_unit: Annotated[int, Field(ge=1, le=65_536)]
+    min_window_ms: Count
+    min_units: Annotated[int, Field(ge=1)]
+    staleness_bound: Annotated[int, Field(ge=0, le=1_000)]
+    staleness_discount: Annotated[int, Field(ge=0, le=2**24)]
+    lease_ms: Annotated[int, Field(ge=1_000)]
+    upload_ms: Annotated[int, Field(ge=1_000)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's bytes and rules, complete; signed by the root key.
+
+    `model`, `conditioning` and `space` are the JSON objects that `mmdit` reads and that a published checkpoint carries.
+    """
+
+    TYPE: ClassVar[str] = _media_type("run-config")
+    FORMAT: ClassVar[int] = 1
+    name: ShortText
+    numerics: Count
+    verification: Literal["none"]
+    seed: Hex32
+    model: dict[str, Any]
+    conditioning: dict[str, Any]
+    space: dict[str, Any]
+    data: DataSet
+    training: Training
+    codec: Codec
+    outer: OuterStep
+    rounds: Rounds
+    genesis_sha256: Hex32
+    weights_licence: ShortText
+    terms: Annotated[str, StringConstraints(max_length=65_536)]
+
+    @property
+    def terms_sha256(self) -> Digest:
+        """What a volunteer accepts: the terms and the weights' licence."""
+        return Digest(sha256_hex(canonical_json([self.terms, self.weights_licence])))
+
+
+# --- a unit --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactLimit:
+    """An artifact that a lease lets its device upload."""
+
+    role: Role
+    max_bytes: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A file that a claim commits to: the digest of its meaning, of its bytes, and its size."""
+
+    role: Role
+    content_sha256: Hex32
+    blob_sha256: Hex32
+    size: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The coordinator lets one device train one unit, and upload its artifacts. Names no role and no attempt."""
+
+    TYPE: ClassVar[str] = _media_type("lease")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    config_sha256: Hex32
+    lease: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    device: Hex32
+    unit: Hex32
+    round: Annotated[int, Field(ge=1)]
+    index: Count
+    base_sha256: Hex32
+    shards: Annotated[tuple[Hex32, ...], Field(min_length=1)]
+    seed: Hex32
+    artifacts: Annotated[tuple[ArtifactLimit, ...], Field(min_length=1, max_length=MAX_ARTIFACTS)]
+    duration_ms: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A device commits to what it computed, before anything is uploaded; signed by the device.
+
+    `lease_sha256` is the digest of the lease's payload, which binds run, round, unit, base, shards, seed and config.
+    """
+
+    TYPE: ClassVar[str] = _media_type("claim")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    lease: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    lease_sha256: Hex32
+    unit: Hex32
+    device: Hex32
+    artifacts: Annotated[tuple[Artifact, ...], Field(min_length=1, max_length=MAX_ARTIFACTS)]
+    trail_root: Hex32
+    salt: Hex32
+    samples: Count
+    loss: Finite
+    trainer_version: ShortText
+    device_class: ShortText
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimReceipt:
+    """The coordinator has stored a claim: its place in the log and the seed of the sketch that must follow."""
+
+    TYPE: ClassVar[str] = _media_type("claim-receipt")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    claim: Hex32
+    epoch: Count
+    log_position: Count
+    sketch_seed: Hex32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BytesReceipt:
+    """The coordinator has stored and checked a claim's artifacts; from here no crash or late round loses the work."""
+
+    TYPE: ClassVar[str] = _media_type("bytes-receipt")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    claim: Hex32
+    artifacts: Annotated[tuple[Artifact, ...], Field(min_length=1, max_length=MAX_ARTIFACTS)]
+    log_position: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What became of a claim. `weight` counts in 2^-24 of the merge; `checkpoint` is the one that holds it, or none."""
+
+    TYPE: ClassVar[str] = _media_type("verdict")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    claim: Hex32
+    unit: Hex32
+    outcome: Literal["accepted", "rejected"]
+    code: Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z_]{2,40}$")]
+    sentence: Annotated[str, StringConstraints(max_length=500)]
+    weight: Count
+    checkpoint: Count | None
+
+
+# --- a published checkpoint ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeEntry:
+    """One delta of a merge. `weight` counts in 2^-24; `member` is the owner's pseudonym in this run."""
+
+    claim: Hex32
+    unit: Hex32
+    round: Annotated[int, Field(ge=1)]
+    blob_sha256: Hex32
+    content_sha256: Hex32
+    size: Count
+    weight: Annotated[int, Field(ge=0, le=2**24)]
+    samples: Count
+    member: Hex32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One published file: path inside the checkpoint directory, SHA-256, size in bytes."""
+
+    path: RelativePath
+    sha256: Hex32
+    size: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateEntry:
+    """One part of a round's canonical state (weights, momentum) and the file that holds it."""
+
+    role: Role
+    path: RelativePath
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A published checkpoint, complete: what went in, with which weights, and every file that came out.
+
+    Holds no time, so that publishing again after a crash gives the same bytes.
+    """
+
+    TYPE: ClassVar[str] = _media_type("manifest")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    config_sha256: Hex32
+    checkpoint: Count
+    previous_manifest_sha256: Hex32 | None
+    outer: OuterStep
+    merged: tuple[MergeEntry, ...]
+    files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
+    state: Annotated[tuple[StateEntry, ...], Field(min_length=1)]
+    log_position: Count
+    log_head: Hex32
+
+    def file(self, path: str) -> FileEntry:
+        """Return the entry of `path`; raise `PayloadInvalid` if the manifest lists no such file."""
+        for entry in self.files:
+            if entry.path == path:
+                return entry
+        raise PayloadInvalid(f"The manifest of checkpoint {self.checkpoint} lists no file {path}.")
+
+    def state_file(self, role: str) -> FileEntry | None:
+        """Return the file that holds a part of the round's state, or None if this checkpoint has no such part."""
+        for part in self.state:
+            if part.role == role:
+                return self.file(part.path)
+        return None
+
+
+DOCUMENTS: tuple[type[Document], ...] = (
+    Delegation, DeviceDelegation, OwnerRevocation, Endpoint, SessionProof, RunConfig,
+    Lease, Claim, ClaimReceipt, BytesReceipt, Verdict, Manifest,
+)  # fmt: skip
+"""Every signed document."""

@@ -1,0 +1,42 @@
+"""Where things lie under a run's public directory, on disk and behind its public URL alike."""
+
+from typing import Final
+
+RUN_CONFIG: Final = "run.json"
+ROOT_KEY: Final = "root.pub"
+"""The root's public key, 64 hex digits and a newline; its SHA-256 is the run id."""
+DELEGATION: Final = "delegation.json"
+LATEST: Final = "latest.json"
+"""A copy of the newest checkpoint's signed manifest."""
+MANIFEST: Final = "manifest.json"
+WEIGHTS: Final = "transformer/diffusion_pytorch_model.safetensors"
+MOMENTUM: Final = "state/momentum.safetensors"
+
+ROLE_DELTA: Final = "delta"
+ROLE_WEIGHTS: Final = "weights"
+ROLE_MOMENTUM: Final = "momentum"
+
+
+def checkpoint_directory(checkpoint: int) -> str:
+    """Return the directory of a checkpoint; in it lie its manifest and every file that the manifest lists."""
+    return f"checkpoints/{checkpoint:06d}"
+
+
+def shard_path(sha256: str) -> str:
+    """Return the path of a data shard."""
+    return f"shards/{sha256}.safetensors"
+
+
+def delta_path(sha256: str) -> str:
+    """Return the path of a merged delta, by the SHA-256 of its file."""
+    return f"deltas/{sha256}.safetensors"
+
+
+def log_path(checkpoint: int) -> str:
+    """Return the path of the log entries that a checkpoint's manifest closes, one JSON object a line."""
+    return f"log/{checkpoint:06d}.jsonl"
+
+
+def metrics_path(checkpoint: int) -> str:
+    """Return the path of a checkpoint's measurements (held-out loss); informative, not part of its identity."""
+    return f"metrics/{checkpoint:06d}.json"

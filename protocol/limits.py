@@ -1,0 +1,82 @@
+"""Every limit on what the outside may send or ask, with its unit and its reason.
+
+Nothing here is read from the environment: two peers that disagree on a limit disagree on the protocol.
+"""
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+SECOND_MS: Final = 1_000
+MINUTE_MS: Final = 60 * SECOND_MS
+HOUR_MS: Final = 60 * MINUTE_MS
+DAY_MS: Final = 24 * HOUR_MS
+
+# --- gRPC messages -------------------------------------------------------------------------------------------
+UPLOAD_CHUNK_BYTES: Final = 1 * MIB
+"""Size of one upload chunk. 4 MiB was slower and doubled the server's memory; 64 KiB costs more calls."""
+MAX_RECEIVE_BYTES: Final = 2 * MIB
+"""Largest gRPC message that either side accepts, after decompression. This is what disarms a gzip bomb."""
+MAX_METADATA_BYTES: Final = 8 * KIB
+"""Largest set of gRPC headers. A session token and a few words fit in one tenth of it."""
+MAX_CONCURRENT_RPCS: Final = 512
+"""Calls served at once, all peers together; the next one is told to come back."""
+MAX_STREAMS_PER_CONNECTION: Final = 16
+"""Calls that one connection may have open at once; a worker needs three."""
+MAX_SESSIONS: Final = 65_536
+"""Sessions and nonces held in memory; the oldest go first."""
+MAX_CALLS_PER_MINUTE_PER_DEVICE: Final = 600
+"""Calls that one device may make in a minute (upload chunks are not calls). A busy worker makes about ten."""
+MAX_OPEN_CALLS_PER_MINUTE_PER_ADDRESS: Final = 1_200
+"""Calls without a session that one address prefix may make in a minute; a household starts a few workers."""
+UPLOAD_MIN_BYTES_PER_MINUTE: Final = 64 * KIB
+"""Slower uploads are cut, so that a silent stream cannot hold its place for ever; the upload resumes later."""
+
+# --- documents -----------------------------------------------------------------------------------------------
+MAX_ENVELOPE_BYTES: Final = 256 * KIB
+"""Largest signed envelope taken over the wire. A claim is 2 KiB."""
+MAX_PUBLIC_DOCUMENT_BYTES: Final = 64 * MIB
+"""Largest signed document read from a file or over HTTP: a manifest that lists every delta of a big round."""
+MAX_SIGNATURES: Final = 4
+"""Signatures on one envelope; one is usual."""
+MAX_ARTIFACTS: Final = 4
+"""Artifacts of one claim: the delta, and later its moments."""
+MAX_TEXT_CHARACTERS: Final = 256
+"""Longest free text that a volunteer sends (device class, trainer version)."""
+MAX_VERDICT_QUERIES: Final = 256
+"""Claims that one call may ask verdicts for."""
+
+# --- files from the outside ----------------------------------------------------------------------------------
+MAX_CONTAINER_HEADER_BYTES: Final = 1 * MIB
+"""Largest header of an uploaded delta container. A header is compared, not parsed; 38 layers need 180 KiB."""
+MAX_SHARD_HEADER_BYTES: Final = 64 * KIB
+"""Largest header of a data shard: four tensors and one metadata key."""
+MAX_CHECKPOINT_HEADER_BYTES: Final = 1 * MIB
+"""Largest header of a checkpoint file that we read."""
+MAX_SHARD_BYTES: Final = 2 * GIB
+"""Largest data shard that a worker fetches."""
+MAX_CHECKPOINT_BYTES: Final = 64 * GIB
+"""Largest checkpoint file that a worker fetches; its owner's own cap is usually lower."""
+SKETCH_FLOATS: Final = 1024
+"""Buckets of a sketch: 4 kB estimate a relative difference within 13 %."""
+SKETCH_BYTES: Final = 4 * SKETCH_FLOATS
+
+# --- time ----------------------------------------------------------------------------------------------------
+NONCE_MS: Final = 1 * MINUTE_MS
+"""How long a session nonce can be used."""
+SESSION_MS: Final = 10 * MINUTE_MS
+"""How long a session token is good for. It can fetch leases and send bytes; it can sign nothing."""
+LEASE_WAIT_MS: Final = 20 * SECOND_MS
+"""Longest that a call for work is held open before the worker is told to ask again."""
+CLOCK_SKEW_MS: Final = 5 * MINUTE_MS
+"""How far a volunteer's clock may be off before an expiry date of the run's own keys counts against it."""
+STAGING_GRACE_MS: Final = 24 * HOUR_MS
+"""How long an unfinished upload is kept after its lease ended."""
+
+# --- people --------------------------------------------------------------------------------------------------
+LEASED_PER_DEVICE: Final = 1
+"""Units that one device trains at once."""
+UPLOADING_PER_DEVICE: Final = 1
+"""Claims that one device may have without their bytes having arrived, beside the unit that it trains."""

@@ -1,0 +1,155 @@
+"""The service as a table: every call, its messages, who may make it; and errors on their way over the wire.
+
+A call that is not in `CALLS` cannot be served, and a server whose handlers are not exactly those of the table does
+not start: an RPC without an auth rule cannot exist.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, unique
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from protocol import calls
+from protocol.convert import decoder, encode
+from protocol.errors import ERRORS_BY_CODE, Bug, CommonweightError, TryLater, Unreachable
+from protocol.limits import (
+    MAX_CONCURRENT_RPCS,
+    MAX_METADATA_BYTES,
+    MAX_RECEIVE_BYTES,
+    MAX_STREAMS_PER_CONNECTION,
+    MINUTE_MS,
+    SECOND_MS,
+)
+
+SERVICE: Final = "commonweight.v1.Coordinator"
+SESSION_METADATA: Final = "cw-session-bin"
+ERROR_METADATA: Final = "cw-error"
+RETRY_METADATA: Final = "cw-retry-after-ms"
+
+
+@unique
+class Auth(Enum):
+    """Who may make a call."""
+
+    OPEN = "open"  # anybody; limited per address
+    SESSION = "session"  # a device with a token; limited per device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One RPC: its messages, whether the request is a stream, and who may make it."""
+
+    request: type[Any]
+    reply: type[Any]
+    auth: Auth
+    client_streams: bool = False
+
+
+CALLS: Final[dict[str, Call]] = {
+    "GetEndpoint": Call(request=calls.GetEndpointRequest, reply=calls.GetEndpointReply, auth=Auth.OPEN),
+    "GetStatus": Call(request=calls.GetStatusRequest, reply=calls.GetStatusReply, auth=Auth.OPEN),
+    "GetNonce": Call(request=calls.GetNonceRequest, reply=calls.GetNonceReply, auth=Auth.OPEN),
+    "OpenSession": Call(request=calls.OpenSessionRequest, reply=calls.OpenSessionReply, auth=Auth.OPEN),
+    "LeaseUnit": Call(request=calls.LeaseUnitRequest, reply=calls.LeaseUnitReply, auth=Auth.SESSION),
+    "HandBack": Call(request=calls.HandBackRequest, reply=calls.HandBackReply, auth=Auth.SESSION),
+    "SubmitClaim": Call(request=calls.SubmitClaimRequest, reply=calls.SubmitClaimReply, auth=Auth.SESSION),
+    "SubmitSketch": Call(request=calls.SubmitSketchRequest, reply=calls.SubmitSketchReply, auth=Auth.SESSION),
+    "GetUpload": Call(request=calls.GetUploadRequest, reply=calls.GetUploadReply, auth=Auth.SESSION),
+    "Upload": Call(request=calls.UploadRequest, reply=calls.UploadReply, auth=Auth.SESSION, client_streams=True),
+    "GetVerdicts": Call(request=calls.GetVerdictsRequest, reply=calls.GetVerdictsReply, auth=Auth.SESSION),
+}
+"""Every RPC of the service."""
+
+SERVER_OPTIONS: Final[Sequence[tuple[str, Any]]] = (
+    # With this limit a gzip bomb costs nothing: the size is checked while inflating. Compression is off besides.
+    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+    ("grpc.max_send_message_length", 2 * MAX_RECEIVE_BYTES),
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES // 2),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+    ("grpc.max_connection_idle_ms", 5 * MINUTE_MS),
+    ("grpc.max_connection_age_ms", 60 * MINUTE_MS),
+    ("grpc.max_connection_age_grace_ms", 10 * MINUTE_MS),
+    ("grpc.keepalive_time_ms", MINUTE_MS),
+    ("grpc.keepalive_timeout_ms", 20 * SECOND_MS),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20 * SECOND_MS),
+    ("grpc.http2.max_ping_strikes", 3),
+    ("grpc.server_handshake_timeout_ms", 10 * SECOND_MS),
+    ("grpc.so_reuseport", 0),
+)
+"""Options of the coordinator's gRPC server."""
+
+CHANNEL_OPTIONS: Final[Sequence[tuple[str, Any]]] = (
+    ("grpc.max_receive_message_length", 2 * MAX_RECEIVE_BYTES),
+    ("grpc.keepalive_time_ms", MINUTE_MS),
+    ("grpc.keepalive_timeout_ms", 20 * SECOND_MS),
+    # A worker must notice soon that the coordinator is back, and not hammer it.
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 15 * SECOND_MS),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+"""Options of a worker's channel."""
+
+CERTIFICATE_NAME: Final = "commonweight"
+"""The name in the coordinator's own certificate; the run's signature over the certificate is what counts."""
+
+
+def service_handler(implementation: object) -> grpc.GenericRpcHandler:
+    """Return the gRPC handler that serves `implementation`, whose methods are named as in `CALLS`.
+
+    Raises `TypeError` if a call of the table is not implemented.
+    """
+    handlers: dict[str, Any] = {}
+    for name, call in CALLS.items():
+        method = getattr(implementation, name, None)
+        if method is None:
+            raise TypeError(f"{type(implementation).__name__} does not implement {name}")
+        make = grpc.stream_unary_rpc_method_handler if call.client_streams else grpc.unary_unary_rpc_method_handler
+        handlers[name] = make(method, request_deserializer=decoder(call.request), response_serializer=encode)
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+def check_table(methods_of_service: Sequence[str]) -> None:
+    """Raise `TypeError` unless `CALLS` covers exactly the methods of the proto file."""
+    if set(CALLS) != set(methods_of_service):
+        raise TypeError(f"CALLS and the proto file differ in {sorted(set(CALLS) ^ set(methods_of_service))}")
+
+
+def maximum_concurrent_rpcs() -> int:
+    """Return how many calls the server serves at once."""
+    return MAX_CONCURRENT_RPCS
+
+
+def stub(channel: grpc.aio.Channel, name: str) -> Any:
+    """Return the callable of one RPC on a channel; it takes and returns values of `protocol.calls`."""
+    call = CALLS[name]
+    make = channel.stream_unary if call.client_streams else channel.unary_unary
+    return make(f"/{SERVICE}/{name}", request_serializer=encode, response_deserializer=decoder(call.reply))
+
+
+def status_of(error: CommonweightError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """Return gRPC status, public sentence and trailing metadata of an error. A `Bug` shows no detail."""
+    if isinstance(error, Bug):
+        error = Bug()
+    metadata = [(ERROR_METADATA, error.code)]
+    if isinstance(error, TryLater):
+        metadata.append((RETRY_METADATA, str(error.retry_after_ms)))
+    return grpc.StatusCode[error.status], error.message, tuple(metadata)
+
+
+def error_of(error: grpc.aio.AioRpcError) -> CommonweightError:
+    """Return the error that the other side meant; `Unreachable` when it was the network or gRPC itself."""
+    metadata: Mapping[str, Any] = dict(error.trailing_metadata() or ())
+    kind = ERRORS_BY_CODE.get(str(metadata.get(ERROR_METADATA, "")))
+    details = error.details() or ""
+    if kind is None:
+        return Unreachable(f"The coordinator did not answer ({error.code().name}): {details[:200] or 'no details'}.")
+    if issubclass(kind, TryLater):
+        wait = str(metadata.get(RETRY_METADATA, ""))
+        return kind(details, retry_after_ms=int(wait) if wait.isascii() and wait.isdigit() else 5_000)
+    return kind(details)
