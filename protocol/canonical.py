@@ -6,6 +6,7 @@ at the same bytes on their own (the run config's digest, a manifest that is rebu
 
 import hashlib
 import json
+import math
 from typing import Any
 
 import rfc8785
@@ -30,11 +31,21 @@ def _no_constant(name: str) -> Any:
     raise PayloadInvalid(f"JSON has no number called {name}.")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        # 1e999 is well-formed JSON, but no fp64 number, and could not be written again.
+        raise PayloadInvalid("A JSON number is beyond the range of a double.")
+    return value
+
+
 def parse_json(raw: bytes) -> Any:
-    """Parse UTF-8 JSON; raise `PayloadInvalid` for duplicate members, NaN, infinities and anything malformed."""
+    """Parse UTF-8 JSON; raise `PayloadInvalid` for duplicate members, numbers that are not finite, bad form."""
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
+        )
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an integer of 4,300 digits
         raise PayloadInvalid(f"This is not valid JSON: {error}.") from None
 
 

@@ -26,7 +26,10 @@ Digest = NewType("Digest", str)
 _HEX = StringConstraints(pattern=r"^[0-9a-f]{64}$")
 Hex32 = Annotated[str, _HEX]
 ShortText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARACTERS)]
-Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+_MOST = 2**53 - 1
+"""The largest integer that canonical JSON can write."""
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
 Role = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 RelativePath = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")
@@ -70,9 +73,11 @@ def parse_payload(kind: type[D], payload: bytes) -> D:
     value = parse_json(payload)
     if not isinstance(value, dict):
         raise PayloadInvalid("A document is a JSON object.")
-    if value.get("format") != kind.FORMAT:
+    found = value.get("format")
+    if type(found) is not int or found != kind.FORMAT:  # true and 1.0 are equal to 1, and are not it
+        # repr, because a stranger's text may hold what neither a terminal nor a gRPC status should be given.
         raise FormatUnknown(
-            f"This {kind.__name__} has format {str(value.get('format'))[:20]}; this version reads format {kind.FORMAT}."
+            f"This {kind.__name__} has format {repr(found)[:20]}; this version reads format {kind.FORMAT}."
         )
     try:
         document: D = _adapter(kind).validate_json(payload, strict=True)
@@ -197,7 +202,7 @@ class Training:
     weight_decay: Finite
     grad_clip: Finite
     text_dropout: Annotated[int, Field(ge=0, le=65_536)]
-    segment_steps: Annotated[int, Field(ge=1)]
+    segment_steps: Positive
     precision: Literal["fp32"]
 
 
@@ -225,11 +230,11 @@ class Rounds:
     units: Annotated[int, Field(ge=1, le=1_000_000)]
     shards_per_unit: Annotated[int, Field(ge=1, le=65_536)]
     min_window_ms: Count
-    min_units: Annotated[int, Field(ge=1)]
+    min_units: Positive
     staleness_bound: Annotated[int, Field(ge=0, le=1_000)]
     staleness_discount: Annotated[int, Field(ge=0, le=2**24)]
-    lease_ms: Annotated[int, Field(ge=1_000)]
-    upload_ms: Annotated[int, Field(ge=1_000)]
+    lease_ms: Annotated[int, Field(ge=1_000, le=_MOST)]
+    upload_ms: Annotated[int, Field(ge=1_000, le=_MOST)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +300,7 @@ class Lease:
     lease: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
     device: Hex32
     unit: Hex32
-    round: Annotated[int, Field(ge=1)]
+    round: Positive
     index: Count
     base_sha256: Hex32
     shards: Annotated[tuple[Hex32, ...], Field(min_length=1)]
@@ -377,7 +382,7 @@ class MergeEntry:
 
     claim: Hex32
     unit: Hex32
-    round: Annotated[int, Field(ge=1)]
+    round: Positive
     blob_sha256: Hex32
     content_sha256: Hex32
     size: Count

@@ -291,6 +291,12 @@ class Unreachable(TryLater):
     code = "UNREACHABLE"
 
 
+class AnswerInvalid(TryLater):
+    """The coordinator's answer does not hold; it was not believed, and the question is asked again later."""
+
+    code = "ANSWER_INVALID"
+
+
 class ServerBusy(TryLater):
     """The coordinator has its hands full; nothing is wrong with the request."""
 
@@ -366,6 +372,12 @@ class DirectoryNotEmpty(LocalProblem):
 
     code = "DIRECTORY_NOT_EMPTY"
     exit_code = 2
+
+
+class BackupDamaged(LocalProblem):
+    """The backup is unfinished or damaged, so nothing was restored; take another backup."""
+
+    code = "BACKUP_DAMAGED"
 
 
 class DatabaseTooNew(LocalProblem):

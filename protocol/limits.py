@@ -31,8 +31,10 @@ MAX_CALLS_PER_MINUTE_PER_DEVICE: Final = 600
 """Calls that one device may make in a minute (upload chunks are not calls). A busy worker makes about ten."""
 MAX_OPEN_CALLS_PER_MINUTE_PER_ADDRESS: Final = 1_200
 """Calls without a session that one address prefix may make in a minute; a household starts a few workers."""
-UPLOAD_MIN_BYTES_PER_MINUTE: Final = 64 * KIB
-"""Slower uploads are cut, so that a silent stream cannot hold its place for ever; the upload resumes later."""
+UPLOAD_CHUNK_PATIENCE_MS: Final = 90 * SECOND_MS
+"""Longest wait for the next chunk of an upload: 1 MiB at 12 KiB/s. A silent stream is cut and resumes later."""
+UPLOAD_MIN_BYTES_PER_MINUTE: Final = UPLOAD_CHUNK_BYTES * MINUTE_MS // UPLOAD_CHUNK_PATIENCE_MS
+"""The slowest uplink that this leaves room for; a worker sizes its deadlines by it."""
 
 # --- documents -----------------------------------------------------------------------------------------------
 MAX_ENVELOPE_BYTES: Final = 256 * KIB
@@ -47,6 +49,8 @@ MAX_TEXT_CHARACTERS: Final = 256
 """Longest free text that a volunteer sends (device class, trainer version)."""
 MAX_VERDICT_QUERIES: Final = 256
 """Claims that one call may ask verdicts for."""
+MAX_EVIDENCE_PER_LEASE: Final = 4
+"""Claims kept beside the one that stands. One proves the conflict; more must not be a way to fill the database."""
 
 # --- files from the outside ----------------------------------------------------------------------------------
 MAX_CONTAINER_HEADER_BYTES: Final = 1 * MIB
@@ -74,6 +78,10 @@ CLOCK_SKEW_MS: Final = 5 * MINUTE_MS
 """How far a volunteer's clock may be off before an expiry date of the run's own keys counts against it."""
 STAGING_GRACE_MS: Final = 24 * HOUR_MS
 """How long an unfinished upload is kept after its lease ended."""
+DELEGATION_MS: Final = 730 * DAY_MS
+"""How long the root key lets a coordinator key act; within it the operator must fetch the root key once to renew."""
+CERTIFICATE_MS: Final = 3_650 * DAY_MS
+"""How long the coordinator's own certificate is good for; the signed endpoint statement is what limits its use."""
 
 # --- people --------------------------------------------------------------------------------------------------
 LEASED_PER_DEVICE: Final = 1

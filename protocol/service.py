@@ -4,7 +4,7 @@ A call that is not in `CALLS` cannot be served, and a server whose handlers are 
 not start: an RPC without an auth rule cannot exist.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, unique
 from typing import Any, Final
@@ -99,8 +99,23 @@ CERTIFICATE_NAME: Final = "commonweight"
 """The name in the coordinator's own certificate; the run's signature over the certificate is what counts."""
 
 
+def _decoded_or_refusal(kind: type[Any]) -> Callable[[bytes], Any]:
+    """Decode a request, or return (not raise) why it can't be: gRPC would turn an exception into INTERNAL."""
+    decode = decoder(kind)
+
+    def decoded(raw: bytes) -> Any:
+        try:
+            return decode(raw)
+        except CommonweightError as refusal:
+            return refusal
+
+    return decoded
+
+
 def service_handler(implementation: object) -> grpc.GenericRpcHandler:
     """Return the gRPC handler that serves `implementation`, whose methods are named as in `CALLS`.
+
+    A request that can't be decoded reaches the method as a `CommonweightError` instead of a message.
 
     Raises `TypeError` if a call of the table is not implemented.
     """
@@ -110,7 +125,9 @@ def service_handler(implementation: object) -> grpc.GenericRpcHandler:
         if method is None:
             raise TypeError(f"{type(implementation).__name__} does not implement {name}")
         make = grpc.stream_unary_rpc_method_handler if call.client_streams else grpc.unary_unary_rpc_method_handler
-        handlers[name] = make(method, request_deserializer=decoder(call.request), response_serializer=encode)
+        handlers[name] = make(
+            method, request_deserializer=_decoded_or_refusal(call.request), response_serializer=encode
+        )
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
@@ -151,5 +168,7 @@ def error_of(error: grpc.aio.AioRpcError) -> CommonweightError:
         return Unreachable(f"The coordinator did not answer ({error.code().name}): {details[:200] or 'no details'}.")
     if issubclass(kind, TryLater):
         wait = str(metadata.get(RETRY_METADATA, ""))
-        return kind(details, retry_after_ms=int(wait) if wait.isascii() and wait.isdigit() else 5_000)
+        # A number without end must not crash a worker; how long to wait at most is the worker's own decision.
+        usable = wait.isascii() and wait.isdigit() and len(wait) <= 12
+        return kind(details, retry_after_ms=int(wait) if usable else 5_000)
     return kind(details)
