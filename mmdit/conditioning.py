@@ -1,0 +1,145 @@
+"""The embedded text encoder: bytes to fixed patterns of +1 and -1. Nothing to download, the same bits everywhere.
+
+A caption's UTF-8 bytes are cut into patches of four; a patch is one token. Each byte has a pattern for its place in the
+patch, and the token ends with a pattern for its position. The pooled vector is a bag of words. All patterns come from
+SHA-256, and every value is exact in half precision.
+"""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+
+HalfArray = np.ndarray[tuple[int, ...], np.dtype[np.float16]]
+
+_DOMAIN: Final = b"commonweight/byte-patch/v1"
+_PATCH_BYTES: Final = 4
+_POSITION_DIM: Final = 16
+# 256 byte patterns must be distinct within a slot, and positions among themselves.
+_LEAST_BYTE_DIM: Final = 9
+_MOST_TOKENS: Final = 4096
+_WIDEST: Final = 65536
+# Half precision holds every multiple of one half up to 1024.
+_MOST_POOLED: Final = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConditioningConfig:
+    """How captions become numbers.
+
+    Args:
+        kind: the encoder; "byte-patch" is the one embedded here.
+        max_tokens: tokens kept of a caption (four bytes each); the rest is heard only through the pooled vector.
+        token_dim: width of a token; 16 for the position, and a multiple of four for the four bytes.
+        pooled_dim: width of the pooled vector.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    kind: Literal["byte-patch"]
+    max_tokens: int
+    token_dim: int
+    pooled_dim: int
+
+    def __post_init__(self) -> None:
+        if self.kind != "byte-patch":
+            raise ValueError(f'conditioning kind {self.kind!r} is not known; this version has "byte-patch"')
+        for name, largest in (("max_tokens", _MOST_TOKENS), ("token_dim", _WIDEST), ("pooled_dim", _WIDEST)):
+            value: object = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number between 1 and {largest}")
+        byte_dims = self.token_dim - _POSITION_DIM
+        if byte_dims % _PATCH_BYTES or byte_dims < _PATCH_BYTES * _LEAST_BYTE_DIM:
+            raise ValueError(
+                f"token_dim {self.token_dim} leaves {byte_dims} for {_PATCH_BYTES} bytes after {_POSITION_DIM} for the "
+                f"position; it must leave a multiple of {_PATCH_BYTES}, at least {_PATCH_BYTES * _LEAST_BYTE_DIM}"
+            )
+
+
+def encode(captions: Sequence[str], config: ConditioningConfig) -> tuple[HalfArray, HalfArray]:
+    """Tokens [N, max_tokens, token_dim], zero padded, and pooled vectors [N, pooled_dim], both fp16.
+
+    Raises:
+        ValueError: a caption cannot be written as UTF-8.
+    """
+    text_NLD = np.zeros((len(captions), config.max_tokens, config.token_dim), dtype=np.float16)
+    pooled_NP = np.zeros((len(captions), config.pooled_dim), dtype=np.float16)
+    for n, caption in enumerate(captions):
+        tokens_LD, pooled_NP[n] = encode_caption(caption, config)
+        text_NLD[n, : len(tokens_LD)] = tokens_LD
+    return text_NLD, pooled_NP
+
+
+def encode_caption(caption: str, config: ConditioningConfig) -> tuple[HalfArray, HalfArray]:
+    """One caption's tokens [L, token_dim] without padding, L at most `max_tokens`, and its pooled vector; both fp16.
+
+    The empty caption has no tokens and a zero vector, which is what "no text" is in training.
+
+    Raises:
+        ValueError: the caption cannot be written as UTF-8.
+    """
+    try:
+        text = caption.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"caption {caption[:40]!r} has a character that UTF-8 cannot hold: {error.reason}") from error
+    return _tokens_LD(text, config), _pooled_P(text, config.pooled_dim)
+
+
+def _tokens_LD(text: bytes, config: ConditioningConfig) -> HalfArray:
+    patches = [text[i : i + _PATCH_BYTES] for i in range(0, len(text), _PATCH_BYTES)][: config.max_tokens]
+    byte_dim = (config.token_dim - _POSITION_DIM) // _PATCH_BYTES
+    byte_patterns = _byte_patterns(byte_dim)
+    tokens_LD = np.zeros((len(patches), config.token_dim), dtype=np.float16)
+    for position, patch in enumerate(patches):
+        for slot, byte in enumerate(patch):  # the last patch may be short: its missing bytes stay zero
+            tokens_LD[position, slot * byte_dim : (slot + 1) * byte_dim] = byte_patterns[slot, byte]
+    tokens_LD[:, _PATCH_BYTES * byte_dim :] = _position_patterns(config.max_tokens)[: len(patches)]
+    return tokens_LD
+
+
+def _pooled_P(text: bytes, pooled_dim: int) -> HalfArray:
+    total = np.zeros(pooled_dim, dtype=np.int64)
+    for word in text.split():  # bytes are split at ASCII white space only, whatever the Unicode tables of the day
+        total += _word_pattern(word, pooled_dim)
+    return (0.5 * np.clip(total, -_MOST_POOLED, _MOST_POOLED)).astype(np.float16)
+
+
+@functools.cache
+def _byte_patterns(dim: int) -> HalfArray:
+    """[4, 256, dim]; within a slot all 256 differ, so tokens tell every text from every other."""
+    return np.stack([_distinct_patterns(b"byte/%d" % slot, 256, dim) for slot in range(_PATCH_BYTES)])
+
+
+@functools.cache
+def _position_patterns(count: int) -> HalfArray:
+    """[count, 16], all different."""
+    return _distinct_patterns(b"position", count, _POSITION_DIM)
+
+
+@functools.lru_cache(maxsize=4096)
+def _word_pattern(word: bytes, dim: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    return _signs(b"word/" + hashlib.sha256(word).digest(), dim).astype(np.int64)
+
+
+def _distinct_patterns(name: bytes, count: int, dim: int) -> HalfArray:
+    """The first pattern of each number that no smaller number has: short patterns collide, and two bytes must not."""
+    seen: set[bytes] = set()
+    patterns = np.empty((count, dim), dtype=np.float16)
+    for number in range(count):
+        attempt = 0
+        while (signs := _signs(b"%s/%d/%d" % (name, number, attempt), dim)).tobytes() in seen:
+            attempt += 1
+        seen.add(signs.tobytes())
+        patterns[number] = signs
+    return patterns
+
+
+def _signs(name: bytes, dim: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int8]]:
+    """`dim` signs from the bits of SHA-256(domain, name, block), lowest bit of each byte first; a set bit is +1."""
+    blocks = (hashlib.sha256(b"%s/%s/%d" % (_DOMAIN, name, block)).digest() for block in range(-(-dim // 256)))
+    bits = np.unpackbits(np.frombuffer(b"".join(blocks), dtype=np.uint8), bitorder="little")[:dim]
+    return bits.astype(np.int8) * np.int8(2) - np.int8(1)

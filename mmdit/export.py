@@ -1,0 +1,177 @@
+"""The files around the weights, so that a checkpoint directory is a diffusers model and describes itself.
+
+transformer/config.json                             for SD3Transformer2DModel
+transformer/diffusion_pytorch_model.safetensors     written elsewhere: its bytes are canonical
+scheduler/scheduler_config.json                     for FlowMatchEulerDiscreteScheduler
+commonweight.json                                   how captions and pictures become numbers
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import rfc8785
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mmdit.conditioning import ConditioningConfig
+from mmdit.config import MMDiTConfig
+from mmdit.space import PixelSpace
+from mmdit.transformer import MMDiT
+
+CONFIG_PATH: Final = Path("transformer", "config.json")
+WEIGHTS_PATH: Final = Path("transformer", "diffusion_pytorch_model.safetensors")
+SCHEDULER_PATH: Final = Path("scheduler", "scheduler_config.json")
+DESCRIPTION_PATH: Final = Path("commonweight.json")
+
+_FORMAT: Final = 1
+_Read = TypeVar("_Read")
+_MOST_JSON_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A checkpoint read from its directory, ready to draw with."""
+
+    model: MMDiT
+    config: MMDiTConfig
+    conditioning: ConditioningConfig
+    space: PixelSpace
+    shift: float
+
+
+def write_description(
+    directory: Path,
+    *,
+    config: MMDiTConfig,
+    conditioning: ConditioningConfig,
+    space: PixelSpace,
+    shift: float = 1.0,
+) -> None:
+    """Write everything of a checkpoint directory but the weights. The same arguments give the same bytes.
+
+    Args:
+        directory: made if it is missing.
+        config: the model's shape.
+        conditioning: the text encoder; its widths must be the model's.
+        space: what latents mean; its channels must be the model's.
+        shift: the timestep shift for sampling.
+
+    Raises:
+        ValueError: model, conditioning and space do not fit each other; the message names both numbers.
+    """
+    _check_fit(config, conditioning, space)
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": shift,
+        "use_dynamic_shifting": False,
+    }
+    described: dict[str, int | dict[str, str | int | float]] = {
+        "format": _FORMAT,
+        "conditioning": asdict(conditioning),
+        "space": {"kind": "pixel", **asdict(space)},
+    }
+    for path, content in (
+        (CONFIG_PATH, _readable_json(config.to_diffusers())),
+        (SCHEDULER_PATH, _readable_json(scheduler)),
+        (DESCRIPTION_PATH, rfc8785.dumps(described)),
+    ):
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (directory / path).write_bytes(content)
+
+
+def load_checkpoint(directory: Path, *, device: str = "cpu") -> Loaded:
+    """Read a checkpoint directory, strictly: every file, every key and every tensor as `write_description` has them.
+
+    Raises:
+        ValueError: a file is missing, unreadable, or does not fit the others; the message names the file.
+    """
+    config = _from_file(directory / CONFIG_PATH, MMDiTConfig.from_diffusers)
+    conditioning, space = _from_file(directory / DESCRIPTION_PATH, _read_description)
+    _check_fit(config, conditioning, space)
+    shift = _from_file(directory / SCHEDULER_PATH, _read_shift)
+    model = MMDiT(config, device="meta")
+    _load_weights(model, directory / WEIGHTS_PATH, device)
+    return Loaded(model=model.eval(), config=config, conditioning=conditioning, space=space, shift=shift)
+
+
+def _load_weights(model: MMDiT, path: Path, device: str) -> None:
+    try:
+        state = load_file(path, device=device)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    if wrong := sorted(name for name, tensor in state.items() if tensor.dtype != torch.float32):
+        raise ValueError(f"{path} holds {wrong[0]} as {state[wrong[0]].dtype}; checkpoints are float32")
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights that its config.json describes: {error}") from error
+    model.requires_grad_(requires_grad=True)
+
+
+def _from_file(path: Path, read: Callable[[Mapping[str, object]], _Read]) -> _Read:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_JSON_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > _MOST_JSON_BYTES:
+        raise ValueError(f"{path} is larger than {_MOST_JSON_BYTES} bytes")
+    try:
+        values: object = json.loads(content)
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+        return read(values)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_description(values: Mapping[str, object]) -> tuple[ConditioningConfig, PixelSpace]:
+    if values.get("format") != _FORMAT:
+        raise ValueError(f"format is {values.get('format')!r}, this version reads {_FORMAT}")
+    if values.keys() != {"format", "conditioning", "space"}:
+        raise ValueError(f"keys are {sorted(values)}, expected conditioning, format, space")
+    conditioning, space = values["conditioning"], values["space"]
+    if not isinstance(conditioning, dict) or not isinstance(space, dict):
+        raise ValueError("conditioning and space must be objects")
+    if space.get("kind") != "pixel":
+        raise ValueError(f'space kind is {space.get("kind")!r}, this version knows "pixel"')
+    try:
+        return ConditioningConfig(**conditioning), PixelSpace(**{k: v for k, v in space.items() if k != "kind"})
+    except TypeError as error:  # a key too many or too few
+        raise ValueError(str(error)) from error
+
+
+def _read_shift(values: Mapping[str, object]) -> float:
+    shift = values.get("shift")
+    if values.get("_class_name") != "FlowMatchEulerDiscreteScheduler" or values.get("use_dynamic_shifting"):
+        raise ValueError("only FlowMatchEulerDiscreteScheduler without dynamic shifting is known")
+    if not isinstance(shift, int | float) or isinstance(shift, bool):
+        raise ValueError(f"shift is {shift!r}; it must be a number")
+    return float(shift)
+
+
+def _check_fit(config: MMDiTConfig, conditioning: ConditioningConfig, space: PixelSpace) -> None:
+    largest = config.pos_embed_max_size * config.patch_size
+    for ours, mine, theirs, its in (
+        ("joint_attention_dim", config.joint_attention_dim, "token_dim", conditioning.token_dim),
+        ("pooled_projection_dim", config.pooled_projection_dim, "pooled_dim", conditioning.pooled_dim),
+        ("in_channels", config.in_channels, "channels", space.channels),
+        ("out_channels", config.out_channels, "channels", space.channels),
+    ):
+        if mine != its:
+            raise ValueError(f"the model's {ours} is {mine}, but {theirs} is {its}")
+    for name, side in (("height", space.height), ("width", space.width)):
+        if side % config.patch_size or side > largest:
+            raise ValueError(
+                f"{name} {side} does not fit the model: it must be a multiple of patch_size {config.patch_size}, "
+                f"at most {largest}"
+            )
+
+
+def _readable_json(values: Mapping[str, object]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
