@@ -1,0 +1,72 @@
+"""What one training step draws: samples, noise, timesteps, and which captions are dropped. All from the unit's seed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from diloco.shards import ShardSet
+from diloco.streams import Stream
+from diloco.tables import logit_normal_table, normal_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Inputs of a step, fp32: latent [B, C, H, W], text [B, L, D], pooled [B, P], noise as latent, t [B] in (0, 1)."""
+
+    latent: torch.Tensor
+    text: torch.Tensor
+    pooled: torch.Tensor
+    noise: torch.Tensor
+    t: torch.Tensor
+
+    def to(self, device: str) -> "Batch":
+        """Return the batch on `device`."""
+        return Batch(
+            latent=self.latent.to(device),
+            text=self.text.to(device),
+            pooled=self.pooled.to(device),
+            noise=self.noise.to(device),
+            t=self.t.to(device),
+        )
+
+
+class Draws:
+    """The random inputs of a unit, addressed by step (from 0) and place in the batch (from 0)."""
+
+    __slots__ = ("_dropout", "_noise", "_order", "_timestep")
+
+    def __init__(self, seed: bytes) -> None:
+        self._order = Stream(seed, "order")
+        self._noise = Stream(seed, "noise")
+        self._timestep = Stream(seed, "timestep")
+        self._dropout = Stream(seed, "dropout")
+
+    def index(self, step: int, place: int, n: int) -> int:
+        """Return which of `n` samples is trained on: the order stream's word mod n."""
+        return self._order.word(step, place) % n
+
+    def batch(self, step: int, size: int, shards: ShardSet, *, max_tokens: int, text_dropout: int) -> Batch:
+        """Return the batch of a step, on the CPU.
+
+        Args:
+            text_dropout: probability in units of 2^-16 that a caption (tokens and pooled vector) becomes zeros.
+        """
+        places = range(size)
+        indices = [self.index(step, place, shards.n) for place in places]
+        latent_BCHW, text_BLD, pooled_BP = shards.batch(indices, max_tokens)
+        for place in places:
+            if self._dropout.u16(step, place, 1)[0] < text_dropout:
+                text_BLD[place] = 0
+                pooled_BP[place] = 0
+        elements = latent_BCHW[0].numel()
+        # One lookup for the whole batch: the streams give indices, the table gives numbers.
+        noise = normal_table()[np.stack([self._noise.u16(step, place, elements) for place in places])]
+        t = logit_normal_table()[np.concatenate([self._timestep.u16(step, place, 1) for place in places])]
+        return Batch(
+            latent=latent_BCHW,
+            text=text_BLD,
+            pooled=pooled_BP,
+            noise=torch.from_numpy(noise).view_as(latent_BCHW),
+            t=torch.from_numpy(t),
+        )

@@ -1,0 +1,227 @@
+"""A work unit as a pure function: (spec, base checkpoint, shards) to (delta, trail).
+
+No state is carried from one unit to the next: AdamW starts from zero moments, and every random number follows from the
+unit's seed. Training bits may differ between machines (kernels, threads, instruction sets); who replays a unit judges
+the decoded delta by tolerance. Within one process, device and thread count the same bits come out every time.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import torch
+
+from diloco.draws import Batch, Draws
+from diloco.shards import ShardSet
+from diloco.streams import SEED_BYTES
+from diloco.tables import Floats
+from diloco.trail import Segment, Trail
+from mmdit.config import MMDiTConfig
+from mmdit.flow import flow_loss_B
+from mmdit.transformer import MMDiT, build
+from protocol.errors import TrainingDiverged
+
+DROPOUT_ONE: Final = 1 << 16
+"""`text_dropout` of one: every caption dropped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSpec:
+    """The inner loop of every unit of a run.
+
+    Args:
+        steps: AdamW steps of a unit.
+        batch: samples of a step.
+        lr: learning rate after the warm-up, before the unit's `lr_scale`.
+        warmup_steps: steps over which the learning rate rises linearly, at the start of every unit; 0 is none.
+        beta1, beta2, eps, weight_decay: AdamW's (arXiv 1711.05101).
+        grad_clip: largest L2 norm of a step's gradient.
+        text_dropout: probability, in units of 2^-16, that a sample is trained without its caption.
+        max_tokens: text tokens of every sample, zero padded; must be the conditioning's.
+        segment_steps: steps between two entries of the trail.
+        precision: "fp32", with TF32 off.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    warmup_steps: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_clip: float
+    text_dropout: int
+    max_tokens: int
+    segment_steps: int
+    precision: Literal["fp32"]
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "segment_steps", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "eps", "grad_clip"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must not be negative")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be from 0 to steps ({self.steps})")
+        if not 0 <= self.text_dropout <= DROPOUT_ONE:
+            raise ValueError(
+                f"text_dropout is {self.text_dropout}; it must be from 0 to {DROPOUT_ONE} (units of 2^-16)"
+            )
+        if self.precision != "fp32":
+            raise ValueError(f"precision is {self.precision!r}; this version trains in 'fp32'")
+
+    def lr_at(self, step: int, lr_scale: float) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.lr * lr_scale * rise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitSpec:
+    """One unit: the 32-byte seed of all its randomness, the run's inner loop, and the round's learning-rate factor."""
+
+    seed: bytes
+    training: TrainingSpec
+    lr_scale: float
+
+    def __post_init__(self) -> None:
+        if len(self.seed) != SEED_BYTES:
+            raise ValueError(f"a seed has {SEED_BYTES} bytes, this one has {len(self.seed)}")
+        if not 0.0 < self.lr_scale < math.inf:
+            raise ValueError(f"lr_scale is {self.lr_scale}; it must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """Progress after a step: `step` of `steps`, counted from 1, and the loss of its batch."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitResult:
+    """What a unit gives: delta = base - trained weights (fp32, the pseudo-gradient), trail, losses, samples seen."""
+
+    delta: dict[str, Floats]
+    trail: Trail
+    loss_first: float
+    loss_last: float
+    samples: int
+
+
+def run_unit(
+    spec: UnitSpec,
+    config: MMDiTConfig,
+    base: Mapping[str, Floats],
+    shards: ShardSet,
+    *,
+    device: str,
+    on_step: Callable[[StepReport], None] | None,
+) -> UnitResult:
+    """Train one unit from a base checkpoint.
+
+    Call `determinism.set_precision` once in the process before: precision and threads are settings of the process.
+
+    Args:
+        base: the checkpoint's tensors, fp32, by diffusers' names, with the position-embedding buffer.
+        device: "cpu" or "cuda".
+        on_step: called after each step; may raise to abandon the unit.
+
+    Raises:
+        TrainingDiverged: a loss or a weight is not finite.
+        ShardCorrupt: a sample has more text than the run allows.
+        ValueError: `base` does not fit `config`.
+    """
+    training = spec.training
+    model = build(config, base, device=device)
+    model.train()
+    # One order for optimiser, trail and delta: the schema's.
+    parameters = dict(sorted(model.named_parameters()))
+    optimizer = _adamw(training, parameters)
+    draws = Draws(spec.seed)
+    losses: list[float] = []
+    segments: list[Segment] = []
+    for step in range(training.steps):
+        drawn = draws.batch(
+            step, training.batch, shards, max_tokens=training.max_tokens, text_dropout=training.text_dropout
+        )
+        lr = training.lr_at(step, spec.lr_scale)
+        losses.append(_train_step(model, parameters, optimizer, drawn.to(device), lr, training.grad_clip))
+        if not math.isfinite(losses[-1]):
+            raise TrainingDiverged(
+                f"The loss became {losses[-1]} at step {step + 1} of {training.steps}; unit dropped."
+            )
+        if (step + 1) % training.segment_steps == 0 or step + 1 == training.steps:
+            segments.append(_segment(parameters, losses[len(segments) * training.segment_steps :]))
+        if on_step is not None:
+            on_step(StepReport(step=step + 1, steps=training.steps, loss=losses[-1]))
+    return UnitResult(
+        delta=_delta(base, parameters),
+        trail=Trail(segments=tuple(segments)),
+        loss_first=losses[0],
+        loss_last=losses[-1],
+        samples=training.steps * training.batch,
+    )
+
+
+def _adamw(training: TrainingSpec, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
+    # fused=True is fixed, not left to torch's choice of the day: it exists on CPU and CUDA in every torch that we
+    # admit, does the same arithmetic on both, and is the quickest for models of many small tensors.
+    return torch.optim.AdamW(
+        list(parameters.values()),
+        lr=training.lr,
+        betas=(training.beta1, training.beta2),
+        eps=training.eps,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+
+
+def _train_step(
+    model: MMDiT,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    drawn: Batch,
+    lr: float,
+    grad_clip: float,
+) -> float:
+    loss = flow_loss_B(model, drawn.latent, drawn.text, drawn.pooled, drawn.noise, drawn.t).mean()
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward([loss])
+    torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip, foreach=True)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return float(loss.item())
+
+
+def _segment(parameters: Mapping[str, torch.nn.Parameter], losses: list[float]) -> Segment:
+    hasher = hashlib.sha256()
+    for parameter in parameters.values():
+        hasher.update(_array(parameter).astype("<f4", copy=False).reshape(-1).data.cast("B"))
+    return Segment(weights_digest=hasher.digest(), mean_loss=math.fsum(losses) / len(losses))
+
+
+def _delta(base: Mapping[str, Floats], parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Floats]:
+    delta = {name: np.subtract(base[name], _array(parameter)) for name, parameter in parameters.items()}
+    for name, values in delta.items():
+        if not np.all(np.isfinite(values)):
+            raise TrainingDiverged(f"{name} is not finite at the end of the unit; the unit was dropped.")
+    return delta
+
+
+def _array(parameter: torch.nn.Parameter) -> Floats:
+    array: Floats = parameter.detach().contiguous().cpu().numpy()
+    return array

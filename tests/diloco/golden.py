@@ -1,0 +1,114 @@
+"""The recorded numbers that must never change within one `diloco.NUMERICS`.
+
+`python -m tests.diloco.golden` prints the canonical digests as this machine computes them (the tests run it on other
+CPU capabilities); with `--record` it writes `golden.json` and `golden_unit.delta`.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from diloco.checkpoint import write_checkpoint
+from diloco.codec import encode
+from diloco.container import write_container
+from diloco.draws import Draws
+from diloco.genesis import initial_state
+from diloco.merge import MergeInput, OuterConfig, merge_round, normalise_weights
+from diloco.schema import schema_of
+from diloco.sketch import sketch
+from diloco.streams import Stream
+from diloco.tables import Floats, logit_normal_table
+from diloco.unit import run_unit
+from tests.diloco.examples import CODEC, SCHEMA, SEED, TINY, UNIT, UNIT_ID, container, encoded, normals, shard_set
+
+HERE = Path(__file__).parent
+DIGESTS = HERE / "golden.json"
+UNIT_DELTA = HERE / "golden_unit.delta"
+OUTER = OuterConfig(lr=0.7, momentum=0.9)
+
+
+def recorded() -> dict[str, str]:
+    """Return the committed digests."""
+    digests: dict[str, str] = json.loads(DIGESTS.read_text())
+    return digests
+
+
+def digests() -> dict[str, str]:
+    """Compute every canonical digest."""
+    found = {name: _hex(values) for name, values in _draws().items()}
+    found["codec"] = encoded(1).content_digest().hex()
+    with tempfile.TemporaryDirectory() as directory:
+        found |= _merge(Path(directory))
+    return found
+
+
+def _draws() -> dict[str, npt.NDArray[np.generic]]:
+    places = [(step, place) for step in (0, 1, 1000) for place in (0, 7)]
+    draws = Draws(SEED)
+    return {
+        "order": np.array([draws.index(step, place, 1797) for step, place in places]),
+        "noise": np.stack([Stream(SEED, "noise").normal(step, place, 67) for step, place in places]),
+        "timestep": logit_normal_table()[np.stack([Stream(SEED, "timestep").u16(s, place, 1) for s, place in places])],
+        "dropout": np.stack([Stream(SEED, "dropout").u16(step, place, 1) for step, place in places]),
+        "dither": np.stack([Stream(SEED, "dither").u16(step, place, 67) for step, place in places]),
+    }
+
+
+def _merge(directory: Path) -> dict[str, str]:
+    base = {spec.name: normals(f"{spec.name}/base", spec.shape) for spec in SCHEMA.tensors}
+    base["pos_embed.pos_embed"] = normals("buffer", (1, 4, 6))
+    momentum = {spec.name: normals(f"{spec.name}/momentum", spec.shape, 1e-3) for spec in SCHEMA.tensors}
+    write_checkpoint(directory / "base", base)
+    write_checkpoint(directory / "momentum", momentum)
+    claims = [hashlib.sha256(bytes([number])).digest() for number in range(3)]
+    weights = normalise_weights([100, 250, 17], claims)
+    inputs = [
+        MergeInput(claim_digest=claim, container=container(directory, number), weight=weight)
+        for number, (claim, weight) in enumerate(zip(claims, weights, strict=True))
+    ]
+    merged = merge_round(
+        directory / "base", directory / "momentum", inputs, OUTER, directory / "weights", directory / "next"
+    )
+    return {
+        "merge.weights": merged.weights.sha256.hex(),
+        "merge.momentum": merged.momentum.sha256.hex(),
+        "sketch": _hex(sketch(inputs[0].container.decoded_chunks(), SEED)),
+    }
+
+
+def _hex(values: npt.NDArray[np.generic]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def unit_delta() -> dict[str, Floats]:
+    """Run the golden unit on the CPU."""
+    return run_unit(UNIT, TINY, initial_state(TINY, SEED), shard_set(), device="cpu", on_step=None).delta
+
+
+def main() -> None:
+    """Print or record."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--unit", action="store_true", help="print the digest of the raw delta of the golden unit")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.unit:
+        raw = b"".join(values.tobytes() for values in unit_delta().values())
+        sys.stdout.write(hashlib.sha256(raw).hexdigest())
+        return
+    sys.stdout.write(json.dumps(digests()))
+    if arguments.record:
+        DIGESTS.write_text(json.dumps(digests(), indent=2, sort_keys=True) + "\n")
+        write_container(UNIT_DELTA, encode(unit_delta(), schema_of(TINY), CODEC, UNIT.seed), UNIT_ID)
+
+
+if __name__ == "__main__":
+    main()

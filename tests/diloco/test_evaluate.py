@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+
+from diloco.evaluate import heldout_loss
+from diloco.genesis import initial_state
+from diloco.tables import Floats
+from diloco.unit import run_unit
+from tests.diloco.examples import OTHER_SEED, SEED, TINY, UNIT, shard_set
+
+BASE = initial_state(TINY, SEED)
+
+
+def loss(weights: dict[str, Floats], *, seed: bytes = SEED, batch: int = 16) -> float:
+    return heldout_loss(TINY, weights, shard_set(), seed, count=50, batch=batch, max_tokens=4, device="cpu")
+
+
+def test_the_loss_is_of_the_same_triples_each_time_however_they_are_batched() -> None:
+    assert loss(BASE) == loss(BASE)
+    assert loss(BASE, batch=7) == pytest.approx(loss(BASE), rel=1e-5)
+    assert loss(BASE, seed=OTHER_SEED) != loss(BASE)
+
+
+def test_training_lowers_the_held_out_loss() -> None:
+    delta = run_unit(UNIT, TINY, BASE, shard_set(), device="cpu", on_step=None).delta
+    trained = {name: values - delta.get(name, np.float32(0)) for name, values in BASE.items()}
+    assert loss(trained) < loss(BASE)
+
+
+def test_a_model_that_predicts_zero_has_the_loss_of_noise_minus_picture() -> None:
+    # adaLN-zero starts with an output of zero: E (noise - x0)^2 = 1 + E x0^2.
+    power = np.mean([float(np.mean(shard_set().sample(i).latent.astype(np.float64) ** 2)) for i in range(33)])
+    assert loss(BASE) == pytest.approx(1.0 + power, rel=0.1)
