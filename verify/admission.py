@@ -1,0 +1,53 @@
+"""Is this file the delta that was claimed? Everything is checked before a byte of it counts."""
+
+import hashlib
+from pathlib import Path
+from typing import Final
+
+from diloco.container import Container
+from protocol.documents import Artifact, RunConfig
+from protocol.errors import ContentMismatch, DeltaOversized, DeltaTruncated, DigestMismatch
+from verify.replay import codec_config, delta_schema
+
+_CHUNK: Final = 1 << 20
+
+
+def admit_delta(path: Path, *, config: RunConfig, unit: str, artifact: Artifact) -> None:
+    """Check a received delta against its claim and its run; return only if it may be merged.
+
+    Checks, cheapest first: 0 the claimed size, 1 size and header implied by schema, codec and unit, 2 the digest of the
+    file, 3 finite scales and legal codes, 4 the content digest. Memory does not grow with the file.
+
+    Args:
+        path: the received file; it must not change meanwhile.
+        unit: the unit's id, 64 hex digits.
+        artifact: what the claim committed to.
+
+    Raises:
+        DeltaTruncated, DeltaOversized: the file is shorter or longer than claimed, or than the schema implies.
+        DeltaSchemaMismatch: its header is not the implied one.
+        DigestMismatch: its bytes are not those of the claim.
+        DeltaNotFinite, DeltaCodeIllegal: it holds what no encoder writes.
+        ContentMismatch: codes and scales are not those of the claim.
+    """
+    size = path.stat().st_size
+    if size != artifact.size:  # 0
+        kind = DeltaTruncated if size < artifact.size else DeltaOversized
+        raise kind(f"The delta has {size:,} bytes; its claim says {artifact.size:,}.")
+    container = Container.open(path, delta_schema(config), codec_config(config), bytes.fromhex(unit))  # 1
+    if file_sha256(path) != artifact.blob_sha256:  # 2
+        raise DigestMismatch(f"The delta's bytes do not have the SHA-256 {artifact.blob_sha256[:12]} of its claim.")
+    container.check_finite()  # 3
+    if container.content_digest().hex() != artifact.content_sha256:  # 4
+        raise ContentMismatch(
+            f"The delta's codes and scales do not have the content digest {artifact.content_sha256[:12]} of its claim."
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits, read in chunks."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()

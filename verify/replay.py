@@ -1,0 +1,151 @@
+"""From a signed run config to what `diloco` and `mmdit` compute with, and the replay of a unit.
+
+The worker that trains, the settler that merges and the auditor who re-runs all come through here, so that they cannot
+read one config in two ways.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from diloco import NUMERICS
+from diloco.codec import CodecConfig, EncodedDelta, encode
+from diloco.merge import OuterConfig
+from diloco.schema import Schema, schema_of
+from diloco.shards import ShardSet
+from diloco.tables import Floats
+from diloco.unit import TrainingSpec, UnitResult, UnitSpec, run_unit
+from mmdit.conditioning import ConditioningConfig
+from mmdit.config import MMDiTConfig
+from mmdit.space import PixelSpace
+from protocol.assignment import lr_scale, unit_seed
+from protocol.documents import Lease, RunConfig, UnitId
+from protocol.errors import NumericsMismatch, PayloadInvalid
+
+T = TypeVar("T")
+
+
+def check_numerics(config: RunConfig) -> None:
+    """Raise `NumericsMismatch` unless this version computes as the run does."""
+    if config.numerics != NUMERICS:
+        side = "a newer" if config.numerics > NUMERICS else "an older"
+        raise NumericsMismatch(
+            f"The run computes with numerics {config.numerics}, this version with {NUMERICS}; "
+            f"install {side} Commonweight."
+        )
+
+
+def model_config(config: RunConfig) -> MMDiTConfig:
+    """Return the run's model; raise `PayloadInvalid` if the config describes none that this version can build."""
+    try:
+        return MMDiTConfig.from_diffusers(config.model)
+    except ValueError as error:
+        raise PayloadInvalid(f"RunConfig: model: {error}.") from None
+
+
+def conditioning_config(config: RunConfig) -> ConditioningConfig:
+    """Return how the run's captions become numbers; raise `PayloadInvalid`."""
+    return _built("conditioning", ConditioningConfig, config.conditioning)
+
+
+def pixel_space(config: RunConfig) -> PixelSpace:
+    """Return what the run's latents mean; raise `PayloadInvalid`."""
+    if config.space.get("kind") != "pixel":
+        raise PayloadInvalid(f"RunConfig: space: kind is {config.space.get('kind')!r}; this version knows 'pixel'.")
+    return _built("space", PixelSpace, {name: value for name, value in config.space.items() if name != "kind"})
+
+
+def delta_schema(config: RunConfig) -> Schema:
+    """Return names and shapes of the tensors of the run's deltas."""
+    return _schema(model_config(config))
+
+
+@lru_cache(maxsize=8)
+def _schema(model: MMDiTConfig) -> Schema:
+    # Building even an empty model of many layers takes a while, and every upload asks.
+    return schema_of(model)
+
+
+def codec_config(config: RunConfig) -> CodecConfig:
+    """Return how the run's deltas are coded."""
+    return _built("codec", CodecConfig, {"kind": config.codec.kind, "block": config.codec.block})
+
+
+def outer_config(config: RunConfig) -> OuterConfig:
+    """Return the run's outer step."""
+    return _built("outer", OuterConfig, {"lr": config.outer.lr, "momentum": config.outer.momentum})
+
+
+def training_spec(config: RunConfig) -> TrainingSpec:
+    """Return the inner loop of the run's units; raise `PayloadInvalid` if its numbers do not fit each other."""
+    training = config.training
+    return _built(
+        "training",
+        TrainingSpec,
+        {
+            "steps": training.steps,
+            "batch": training.batch,
+            "lr": training.lr,
+            "warmup_steps": training.warmup_steps,
+            "beta1": training.beta1,
+            "beta2": training.beta2,
+            "eps": training.eps,
+            "weight_decay": training.weight_decay,
+            "grad_clip": training.grad_clip,
+            "text_dropout": training.text_dropout,
+            "max_tokens": conditioning_config(config).max_tokens,
+            "segment_steps": training.segment_steps,
+            "precision": training.precision,
+        },
+    )
+
+
+def unit_samples(config: RunConfig) -> int:
+    """Return how many samples every unit of the run trains on, which is what it weighs in a merge."""
+    return config.training.steps * config.training.batch
+
+
+def unit_spec_of(config: RunConfig, round_number: int, unit: UnitId) -> UnitSpec:
+    """Return what a unit computes, from its id alone (as it stands in a manifest)."""
+    return UnitSpec(
+        seed=bytes.fromhex(unit_seed(unit)), training=training_spec(config), lr_scale=lr_scale(config, round_number)
+    )
+
+
+def unit_spec(config: RunConfig, lease: Lease) -> UnitSpec:
+    """Return what a leased unit computes.
+
+    The seed is derived from the unit's id and not read from the lease; that unit, round and index of a lease fit each
+    other is for whoever accepts the lease to check (`protocol.assignment`).
+    """
+    return unit_spec_of(config, lease.round, UnitId(lease.unit))
+
+
+def replay_unit(
+    config: RunConfig, lease: Lease, base: Mapping[str, Floats], shards: ShardSet, device: str
+) -> tuple[UnitResult, EncodedDelta]:
+    """Train the unit of a lease once more and encode its delta as its volunteer must have.
+
+    Training bits may differ between machines; how far is for the comparison to say, not for this function.
+
+    Args:
+        base: all tensors of checkpoint `lease.round - 1`.
+        shards: the unit's shards, in the lease's order.
+        device: "cpu" or "cuda"; call `diloco.determinism.set_precision` for it first.
+
+    Raises:
+        NumericsMismatch: this version would compute another unit.
+        PayloadInvalid: the run config describes no model or inner loop.
+        TrainingDiverged: a loss or a weight is not finite.
+    """
+    check_numerics(config)
+    spec = unit_spec(config, lease)
+    result = run_unit(spec, model_config(config), base, shards, device=device, on_step=None)
+    return result, encode(result.delta, delta_schema(config), codec_config(config), spec.seed)
+
+
+def _built(name: str, kind: type[T], members: Mapping[str, Any]) -> T:
+    try:
+        return kind(**members)
+    except (ValueError, TypeError) as error:
+        raise PayloadInvalid(f"RunConfig: {name}: {error}.") from None
