@@ -1,0 +1,1 @@
+"""The server: hands out units, receives claims, settles rounds, merges, publishes."""

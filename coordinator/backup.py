@@ -1,0 +1,222 @@
+"""Backing up a run while it is served, and restoring it.
+
+A backup is a plain directory: the run's files under their own names, and BACKUP.json, written last, with the SHA-256
+of each. It holds the coordinator's secrets, so it is readable by its owner only. It does not hold unfinished uploads:
+their workers send them again.
+
+Order makes it consistent. The database is copied first; the files that it speaks of were on the disk before their
+rows were, so whatever is copied after it holds them. A checkpoint that is published meanwhile is published again, with
+the same bytes, by the coordinator that is restored.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from coordinator.directory import PUBLIC_FOLDERS, RunDirectory, disk_trouble_explained, sync, write_file
+from coordinator.sqlite_file import backup_database
+from protocol import layout
+from protocol.canonical import canonical_json, parse_json
+from protocol.documents import RunId
+from protocol.errors import BackupDamaged, DirectoryNotEmpty, PayloadInvalid, UsageError
+
+LIST: Final = "BACKUP.json"
+FORMAT: Final = 1
+_CHUNK: Final = 1 << 20
+_IMMUTABLE: Final = ("blobs/", "public/shards/", "public/checkpoints/", "public/deltas/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackedUp:
+    """One file of a backup: its path below the run's directory, SHA-256 and size in bytes."""
+
+    path: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupReport:
+    """What a backup holds."""
+
+    run: RunId
+    files: int
+    size: int
+
+
+def backup(directory: RunDirectory, target: Path) -> BackupReport:
+    """Copy a run to the new directory `target`; the run may be served meanwhile.
+
+    Files that never change are hard-linked where that is possible.
+
+    Raises:
+        DirectoryNotARun: `directory` holds no run, or its database is damaged.
+        DirectoryNotEmpty: `target` holds something already.
+        UsageError: `target` lies inside the run's directory.
+        DiskFull, LocalProblem: the backup could not be written; what was written of it is removed.
+    """
+    target = target.absolute()
+    run = directory.trust().run
+    if target.is_relative_to(directory.root):
+        raise UsageError(f"The backup {target} would lie inside the run's directory; choose a place outside.")
+    with disk_trouble_explained("No backup was made"):
+        _make_empty(target)
+        with _removed_on_failure(target):
+            if directory.database.exists():
+                backup_database(directory.database, target / directory.database.name)
+            copies = _Copies(directory.root, target)
+            for path in _files(directory):
+                copies.add(path)
+            listed = _described(target)
+            for path in target.rglob("*"):
+                sync(path)
+            content = {"format": FORMAT, "run": run, "files": [asdict(entry) for entry in listed]}
+            write_file(target / LIST, canonical_json(content), mode=0o600)
+    return BackupReport(run=run, files=len(listed), size=sum(entry.size for entry in listed))
+
+
+def restore(source: Path, directory: RunDirectory) -> BackupReport:
+    """Copy a backup back to `directory`, which must not exist or be empty, checking every byte.
+
+    Raises:
+        BackupDamaged: unfinished, or a file is missing or changed.
+        DirectoryNotEmpty: the directory holds something already.
+        DiskFull, LocalProblem: files could not be written.
+        Refusal, KeyUnreadable: the files are as they were backed up, but do not make a run.
+    """
+    run, listed = _read_list(source)
+    root = directory.root
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise DirectoryNotEmpty(f"{root} is not empty; nothing was restored. Choose a new directory.")
+    place = root.with_name(f".{root.name}.restoring")
+    with disk_trouble_explained("Nothing was restored"):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True, mode=0o755)
+        with _removed_on_failure(place):
+            for entry in listed:
+                _restore_file(source, place, entry)
+            for name in PUBLIC_FOLDERS:
+                (place / "public" / name).mkdir(parents=True, exist_ok=True)
+            if RunDirectory(place).identity().run != run:
+                raise BackupDamaged(f"{source} is listed as a backup of run {run[:12]}, but holds another run.")
+            for path in (*place.rglob("*"), place):
+                sync(path)
+            place.rename(root)
+            sync(root.parent)
+    return BackupReport(run=run, files=len(listed), size=sum(entry.size for entry in listed))
+
+
+class _Copies:
+    """Copies files one by one; a file that has two names in the source is stored once in the target, too."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self._source = source
+        self._target = target
+        self._seen: dict[tuple[int, int], Path] = {}
+
+    def add(self, path: Path) -> None:
+        """Link or copy a file; one that is gone by now (pruned, replaced) is left out."""
+        relative = path.relative_to(self._source).as_posix()
+        target = self._target / relative
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            status = path.stat()
+            if not relative.startswith(_IMMUTABLE):
+                shutil.copy(path, target)
+                return
+            first = self._seen.setdefault((status.st_dev, status.st_ino), target)
+            _link_or_copy(path if first == target else first, target)
+        except FileNotFoundError:
+            return
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        # Another disk, or a file system without hard links.
+        shutil.copy(source, target)
+
+
+def _files(directory: RunDirectory) -> Iterator[Path]:
+    yield directory.run_file
+    if directory.settings_file.exists():
+        yield directory.settings_file
+    yield from sorted(directory.keys.iterdir())
+    for top in (directory.blobs, directory.public):
+        for folder, folders, names in os.walk(top):
+            # Names with a dot are work in progress, and so is a checkpoint that has no manifest yet.
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if Path(folder).parent == directory.public / "checkpoints" and layout.MANIFEST not in names:
+                folders.clear()
+                continue
+            yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _described(target: Path) -> list[BackedUp]:
+    entries = []
+    for path in sorted(path for path in target.rglob("*") if path.is_file()):
+        sha256, size = _digest(path)
+        entries.append(BackedUp(path=path.relative_to(target).as_posix(), sha256=sha256, size=size))
+    return entries
+
+
+def _digest(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+
+
+def _read_list(source: Path) -> tuple[RunId, list[BackedUp]]:
+    try:
+        content: Any = parse_json((source / LIST).read_bytes())
+        if content["format"] != FORMAT:
+            raise BackupDamaged(f"{source / LIST} has format {content['format']}; this version reads format {FORMAT}.")
+        listed = [BackedUp(path=row["path"], sha256=row["sha256"], size=row["size"]) for row in content["files"]]
+        for entry in listed:
+            path = PurePosixPath(entry.path)
+            if path.is_absolute() or ".." in path.parts or not path.parts:
+                # Stops a doctored list from writing outside of the directory.
+                raise BackupDamaged(f"{source / LIST} lists {entry.path!r}, which is no path inside a run.")
+        return RunId(content["run"]), listed
+    except OSError as error:
+        raise BackupDamaged(
+            f"{source} holds no finished backup ({LIST}: {error.strerror}); choose another, or take a new one."
+        ) from None
+    except (PayloadInvalid, KeyError, TypeError) as error:
+        raise BackupDamaged(f"{source / LIST} can't be read: {error}.") from None
+
+
+def _restore_file(source: Path, place: Path, entry: BackedUp) -> None:
+    target = place / entry.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if entry.path.startswith("keys/"):
+        target.parent.chmod(0o700)
+    try:
+        shutil.copy(source / entry.path, target)
+    except FileNotFoundError:
+        raise BackupDamaged(f"{source} lacks the file {entry.path}; nothing was restored.") from None
+    if _digest(target) != (entry.sha256, entry.size):
+        raise BackupDamaged(f"{source / entry.path} was changed since the backup; nothing was restored.")
+
+
+def _make_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DirectoryNotEmpty(f"{target} is not empty; no backup was made. Choose a new directory.")
+    target.mkdir(parents=True, exist_ok=True, mode=0o700)
+    target.chmod(0o700)
+
+
+@contextmanager
+def _removed_on_failure(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise

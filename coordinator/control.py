@@ -1,0 +1,365 @@
+"""The control process: the only writer of the database, and the only holder of the coordinator's key.
+
+`Control` turns calls into store transactions (in one thread), runs the clockwork (expiry, closing) and settles rounds:
+merge in the settler, publish, tell everybody. It keeps no truth in memory: kill it anywhere, start it again, and it
+goes on from the database and the directory.
+"""
+
+import asyncio
+import errno
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from coordinator import claims, leasing, settling
+from coordinator.blobs import BlobStore
+from coordinator.desk import CLOCK_KEY, Desk
+from coordinator.publisher import PublishedManifest, Publisher
+from coordinator.rounds import Round
+from coordinator.sessions import Proven, Session
+from coordinator.settler_client import SettlerClient
+from coordinator.staging import Staging
+from coordinator.units import UnitState
+from protocol import layout
+from protocol.calls import Instruction
+from protocol.documents import Digest, FileEntry
+from protocol.errors import (
+    BytesRefused,
+    CommonweightError,
+    CoordinatorDiskFull,
+    DeltaTruncated,
+    DigestMismatch,
+    Refusal,
+    UploadInProgress,
+)
+from protocol.limits import LEASE_WAIT_MS, STAGING_GRACE_MS, UPLOAD_CHUNK_BYTES
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TICK_SECONDS = 0.5
+SWEEP_SECONDS = 600.0
+SETTLE_RETRY_SECONDS = 5.0
+
+
+class Control:
+    """The coordinator's service, without its wire."""
+
+    def __init__(
+        self,
+        *,
+        desk: Desk,
+        blobs: BlobStore,
+        staging: Staging,
+        publisher: Publisher,
+        settler: SettlerClient,
+        heldout: Path,
+        writer: ThreadPoolExecutor,
+    ) -> None:
+        self._desk = desk
+        self._blobs = blobs
+        self._staging = staging
+        self._publisher = publisher
+        self._settler = settler
+        self._heldout = heldout
+        self._writer = writer
+        self._uploading: set[tuple[str, str]] = set()
+        self._changed = asyncio.Condition()
+        self._round_closed = asyncio.Event()
+        self._background: set[asyncio.Task[None]] = set()
+
+    # --- the database ----------------------------------------------------------------------------------------
+
+    async def decide(self, work: Callable[[Desk], T]) -> T:
+        """Run `work` as one transaction in the writer's thread; what it returns is durable before it is returned."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._transaction, work)
+
+    def _transaction(self, work: Callable[[Desk], T]) -> T:
+        with self._desk.store.transaction():
+            result = work(self._desk)
+            # Time never runs back over a restart, even if the machine's clock does.
+            self._desk.store.put_meta(CLOCK_KEY, str(self._desk.clock.now_ms()))
+        return result
+
+    async def _wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    # --- calls -----------------------------------------------------------------------------------------------
+
+    async def admit(self, proven: Proven) -> None:
+        """Remember who opens a session."""
+        await self.decide(lambda desk: leasing.admit_device(desk, proven))
+
+    async def lease(self, session: Session, wait_ms: int) -> leasing.Leased | leasing.NoWork:
+        """Return a unit, waiting at most `wait_ms` for one."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + min(wait_ms, LEASE_WAIT_MS) / 1000
+        while True:
+            async with self._changed:
+                answer = await self.decide(lambda desk: leasing.lease_unit(desk, session))
+                left = end - loop.time()
+                if isinstance(answer, leasing.Leased) or left <= 0:
+                    return answer
+                try:
+                    await asyncio.wait_for(self._changed.wait(), left)
+                except TimeoutError:
+                    return answer
+
+    async def hand_back(self, session: Session, lease: str) -> None:
+        """Take a unit back and offer it to those who wait."""
+        await self.decide(lambda desk: leasing.hand_back(desk, session, lease))
+        await self._wake()
+
+    async def submit_claim(self, session: Session, envelope: bytes) -> claims.ClaimAnswer:
+        """Take a claim; a conflicting one is stored as evidence before it is refused."""
+        answer = await self.decide(lambda desk: claims.submit_claim(desk, session, envelope))
+        if answer.conflict is not None:
+            raise answer.conflict
+        return answer
+
+    async def submit_sketch(self, session: Session, claim: bytes, sketch: bytes) -> Instruction:
+        """Take a sketch."""
+        return await self.decide(lambda desk: claims.submit_sketch(desk, session, claim, sketch))
+
+    async def upload_state(self, session: Session, claim: bytes, role: str) -> tuple[int, bytes]:
+        """Return (bytes stored, receipt or nothing) of an artifact."""
+        expected = await self.decide(lambda desk: claims.expected_artifact(desk, session, claim, role))
+        if isinstance(expected, bytes):
+            return 0, expected
+        return await asyncio.to_thread(self._staging.offset, expected.claim, role), b""
+
+    async def verdicts(self, session: Session, asked: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """Return the verdicts that are known."""
+        return await self.decide(lambda desk: claims.verdicts(desk, session, asked))
+
+    # --- uploads ---------------------------------------------------------------------------------------------
+
+    async def upload(
+        self, session: Session, claim: bytes, role: str, offset: int, chunks: AsyncIterator[bytes]
+    ) -> bytes:
+        """Take an artifact's bytes from `offset` on; return the receipt once all are there and were checked.
+
+        A stream that ends early keeps what it brought, and raises `DeltaTruncated`.
+        """
+        expected = await self.decide(lambda desk: claims.expected_artifact(desk, session, claim, role))
+        if isinstance(expected, bytes):
+            return expected
+        place = (expected.claim, role)
+        if place in self._uploading:
+            raise UploadInProgress
+        self._uploading.add(place)
+        try:
+            digest = await self._store_chunks(expected, offset, chunks)
+            return await self._finish_upload(expected, digest)
+        finally:
+            self._uploading.discard(place)
+
+    async def _store_chunks(self, expected: claims.Expected, offset: int, chunks: AsyncIterator[bytes]) -> str:
+        """Append the stream to the staged file, hashing on the way; return the SHA-256 of the whole file."""
+        artifact, claim = expected.artifact, expected.claim
+        hasher = hashlib.sha256()
+        if offset:
+            await asyncio.to_thread(_hash_prefix, self._staging.path(claim, artifact.role), offset, hasher)
+
+        def store(at: int, data: bytes) -> None:
+            self._staging.append(claim, artifact.role, at, data, artifact.size)
+            hasher.update(data)
+
+        storing: asyncio.Future[None] | None = None
+        try:
+            async for data in chunks:
+                if storing is not None:
+                    await storing
+                # The next chunk travels while this one is hashed and written.
+                storing = asyncio.ensure_future(asyncio.to_thread(store, offset, data))
+                offset += len(data)
+        finally:
+            if storing is not None:
+                await asyncio.shield(storing)
+        if offset < artifact.size:
+            raise DeltaTruncated(f"The upload ended at byte {offset} of {artifact.size}; continue from there.")
+        return hasher.hexdigest()
+
+    async def _finish_upload(self, expected: claims.Expected, digest: str) -> bytes:
+        artifact, claim, lease = expected.artifact, expected.claim, expected.attempt.lease
+        if digest != artifact.blob_sha256:
+            await asyncio.to_thread(self._staging.discard, claim, artifact.role)
+            raise DigestMismatch(
+                f"The uploaded bytes have SHA-256 {digest[:12]}…, the claim says {artifact.blob_sha256[:12]}…; "
+                "what was stored is thrown away, send it again from the start."
+            )
+        path = self._staging.path(claim, artifact.role)
+        try:
+            await self._settler.call("admit", path=str(path), unit=expected.attempt.unit, artifact=asdict(artifact))
+        except BytesRefused as refused:
+            refusal: Refusal = refused
+            await self.decide(lambda desk: claims.record_refused(desk, lease, refusal))
+            await asyncio.to_thread(self._staging.discard, claim, artifact.role)
+            await self._wake()
+            raise
+        await asyncio.to_thread(self._keep, claim, artifact.role, artifact.blob_sha256)
+        receipt = await self.decide(lambda desk: claims.record_received(desk, lease))
+        await self.turn()
+        return receipt
+
+    def _keep(self, claim: Digest, role: str, blob_sha256: str) -> None:
+        try:
+            self._staging.sync(claim, role)
+            self._blobs.add(self._staging.path(claim, role), Digest(blob_sha256))
+        except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                raise CoordinatorDiskFull from None
+            raise
+
+    # --- the clockwork ---------------------------------------------------------------------------------------
+
+    async def turn(self) -> None:
+        """Do what is due: end leases, close the round."""
+
+        def due(desk: Desk) -> tuple[int, Round | None]:
+            return leasing.expire_due(desk), settling.close_if_due(desk)
+
+        ended, closed = await self.decide(due)
+        if closed is not None:
+            self._round_closed.set()
+        if ended or closed is not None:
+            await self._wake()
+
+    async def tick(self) -> None:
+        """Turn the clockwork for ever."""
+        while True:
+            await self.turn()
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def sweep(self) -> None:
+        """Throw away unfinished uploads that nobody continued, for ever."""
+        while True:
+            now = self._desk.clock.now_ms()
+            older = self._desk.config.rounds.lease_ms + STAGING_GRACE_MS
+            await asyncio.to_thread(self._staging.sweep, older, now)
+            await asyncio.sleep(SWEEP_SECONDS)
+
+    async def settle(self) -> None:
+        """Merge and publish closed rounds as they come, for ever; begins with one that a crash interrupted."""
+        while True:
+            self._round_closed.clear()
+            closed = await self.decide(settling.unfinished_round)
+            if closed is None:
+                await self._round_closed.wait()
+                continue
+            try:
+                await self._settle(closed)
+            except (CommonweightError, OSError) as error:
+                # A full disk, most likely. The round stays closed with its merge set; nothing is lost by waiting.
+                logger.error(
+                    "round %d could not be settled: %s", closed.round, error, extra={"action": "settle_failed"}
+                )
+                await asyncio.sleep(SETTLE_RETRY_SECONDS)
+            await self._wake()
+
+    async def _settle(self, closed: Round) -> None:
+        number = closed.round
+        merging = await self.decide(lambda desk: settling.begin_merge(desk, number))
+        published = await asyncio.to_thread(self._publisher.published, number)
+        if published is None:
+            published = await self._merge_and_publish(merging)
+        else:
+            await asyncio.to_thread(self._publisher.point_to, number)
+        weights = published.manifest.file(layout.WEIGHTS)
+        sha256 = published.sha256
+        await self.decide(
+            lambda desk: settling.record_published(
+                desk, number, manifest_sha256=sha256, weights_sha256=Digest(weights.sha256)
+            )
+        )
+        logger.info("checkpoint %d published", number, extra={"action": "published"})
+        self._start(self._measure(number))
+
+    async def _merge_and_publish(self, merging: Round) -> PublishedManifest:
+        number = merging.round
+        publisher = self._publisher
+        place = await asyncio.to_thread(publisher.workplace, number)
+        blobs = [(entry, self._blobs.path(Digest(entry.blob_sha256))) for entry in merging.merge]
+        answer = await self._settler.call(
+            "merge",
+            base=str(publisher.directory(number - 1)),
+            out=str(place),
+            entries=[
+                {"claim": entry.claim, "path": str(path), "unit": entry.unit, "weight": entry.weight}
+                for entry, path in blobs
+            ],
+        )
+        merged_files = [FileEntry(**entry) for entry in answer["files"]]
+        lines = await self.decide(lambda desk: settling.log_lines(desk, number))
+        files = await asyncio.to_thread(publisher.complete, place, number - 1, merged_files)
+        await asyncio.to_thread(publisher.add_deltas, blobs)
+        await asyncio.to_thread(publisher.add_log, number, lines)
+        previous = await asyncio.to_thread(publisher.published, number - 1)
+        assert previous is not None  # a round starts from a published checkpoint
+        previous_sha256 = previous.sha256
+        state = publisher.state_of(files)
+        manifest = await self.decide(
+            lambda desk: settling.manifest_of(desk, merging, previous_sha256=previous_sha256, files=files, state=state)
+        )
+        return await asyncio.to_thread(publisher.publish, place, manifest)
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _measure(self, checkpoint: int) -> None:
+        """Measure a checkpoint's held-out loss; a failure here costs a number, not the run."""
+        try:
+            answer = await self._settler.call(
+                "evaluate",
+                weights=str(self._publisher.directory(checkpoint) / layout.WEIGHTS),
+                heldout=str(self._heldout),
+            )
+            await asyncio.to_thread(
+                self._publisher.add_metrics, checkpoint, {"heldout_loss": float(answer["heldout_loss"])}
+            )
+        except Exception:
+            logger.exception("measuring checkpoint %d failed", checkpoint, extra={"action": "measure_failed"})
+
+    async def start(self, genesis_sha256: Digest) -> None:
+        """Open round 1 if there is none yet, and measure the starting point."""
+
+        def begin(desk: Desk) -> bool:
+            if desk.store.latest_round() is not None:
+                return False
+            leasing.open_round(desk, 1, genesis_sha256)
+            return True
+
+        if await self.decide(begin):
+            self._start(self._measure(0))
+
+    def facts(self, desk: Desk) -> dict[str, Any]:
+        """Return where the run stands, for `GetStatus`."""
+        current = desk.store.latest_round()
+        assert current is not None
+        counts = desk.store.unit_counts(current.round)
+        published = current.round if current.manifest_sha256 is not None else current.round - 1
+        return {
+            "round": current.round,
+            "round_state": current.state.value,
+            "planned_rounds": desk.config.rounds.planned,
+            "checkpoint": published,
+            "units_open": counts.get(UnitState.OPEN, 0),
+            "units_assigned": counts.get(UnitState.ASSIGNED, 0),
+            "units_accepted": desk.store.received_count(current.round),
+        }
+
+
+def _hash_prefix(path: Path, length: int, hasher: "hashlib._Hash") -> None:
+    with path.open("rb") as file:
+        left = length
+        while left and (data := file.read(min(UPLOAD_CHUNK_BYTES, left))):
+            hasher.update(data)
+            left -= len(data)

@@ -1,0 +1,338 @@
+"""Founding a run: keys, run config, data and checkpoint 0, so that either all of it is there or nothing.
+
+Everything is built under DIR/.founding and moved into its place; `run.json` comes last and makes the directory a run.
+As long as there is a `.founding` and no `run.json`, founding was interrupted: what lies there is ours, and founding
+again clears it away. The root key is written to `root_key_out` only; that file is taken up again.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from coordinator.certificate import self_signed
+from coordinator.directory import (
+    PUBLIC_FOLDERS,
+    RUN_SECRET_BYTES,
+    RunDirectory,
+    RunIdentity,
+    disk_trouble_explained,
+    sync,
+    write_file,
+)
+from coordinator.settings import Settings, render
+from coordinator.settings_problems import show
+from coordinator.settings_sections import DataSettings
+from coordinator.signed import run_config
+from diloco.checkpoint import write_checkpoint
+from diloco.genesis import initial_state
+from diloco.shards import Shard
+from mmdit.export import write_description
+from protocol import layout
+from protocol.canonical import sha256_hex
+from protocol.documents import (
+    Delegation,
+    Digest,
+    FileEntry,
+    Manifest,
+    RunConfig,
+    RunId,
+    ShardRef,
+    StateEntry,
+    digest_of,
+    sign,
+)
+from protocol.errors import ConfigInvalid, DirectoryNotEmpty, KeyUnreadable, ShardCorrupt
+from protocol.keys import PrivateKey
+from protocol.limits import DELEGATION_MS, MAX_SHARD_BYTES
+
+SEED_BYTES: Final = 32
+_MARKER: Final = "root.pub"
+"""In .founding: the public root key of the run that is being founded, written before the key itself is exported."""
+
+
+def found(
+    directory: RunDirectory,
+    settings: Settings,
+    *,
+    shards: Sequence[Path],
+    heldout: Path,
+    root_key_out: Path,
+    seed: bytes | None,
+    now_ms: int,
+) -> RunIdentity:
+    """Make a run in `directory`, with checkpoint 0 published in it.
+
+    Args:
+        settings: what run.toml says or shall say; the file is written if it is missing or says something else.
+        shards: the training shards, in the run's order; they are copied.
+        heldout: the shard that no unit trains on.
+        root_key_out: where the root's private key goes. An existing file is never overwritten.
+        seed: 32 bytes for the first weights, or None to draw them.
+        now_ms: UTC milliseconds; the delegation and the certificate run from here.
+
+    Raises:
+        DirectoryNotEmpty: a run, or something else that is in the way, lies there.
+        DirectoryInUse: another process uses the directory.
+        ConfigInvalid: settings and data do not fit each other.
+        ShardCorrupt: a shard is not what it must be.
+        KeyUnreadable: the root key can't be written, or a file of that name exists.
+        DiskFull, LocalProblem: files could not be written; nothing is left behind.
+    """
+    if seed is not None and len(seed) != SEED_BYTES:
+        raise ValueError(f"a run's seed has {SEED_BYTES} bytes, this one has {len(seed)}")
+    _check_shards(settings, shards, heldout)
+    if not directory.founding.exists():
+        _refuse_key_file(root_key_out)
+    with disk_trouble_explained("No run was made"):
+        directory.root.mkdir(parents=True, exist_ok=True)
+    with directory.lock(), disk_trouble_explained("No run was made"):
+        root = _clear(directory, root_key_out)
+        with _undone_on_failure(directory, root_key_out):
+            work = directory.founding
+            write_file(work / _MARKER, root.public.hex.encode("ascii") + b"\n")
+            envelope = _build(work, settings, shards, heldout, root, seed or os.urandom(SEED_BYTES), now_ms)
+            write_settings(directory, settings)
+            _sync_tree(work)
+            _export(root, root_key_out)
+            _commit(directory, envelope)
+    return directory.identity()
+
+
+def _check_shards(settings: Settings, shards: Sequence[Path], heldout: Path) -> None:
+    if len(shards) < settings.rounds.shards_per_unit:
+        raise ConfigInvalid(
+            f"rounds.shards_per_unit is {settings.rounds.shards_per_unit}, but the data has {len(shards)} training "
+            "shards: lower the first, or give more shards."
+        )
+    shape, conditioning, space = settings.model_shape(), settings.conditioning(), settings.space()
+    expected = (space.channels, space.height, space.width, shape.joint_attention_dim, shape.pooled_projection_dim)
+    for path in (*shards, heldout):
+        try:
+            if path.stat().st_size > MAX_SHARD_BYTES:
+                raise ShardCorrupt(f"Shard {path} is larger than {MAX_SHARD_BYTES:,} bytes; cut it into more shards.")
+            shard = Shard.open(path)
+        except OSError as error:
+            raise ShardCorrupt(f"Shard {path} can't be read: {error.strerror}.") from None
+        if settings.data == DataSettings() and shard.info.source != settings.data.source:
+            raise ConfigInvalid(
+                f"data.source is {show(settings.data.source)} (the default), but {path.name} says "
+                f"{show(shard.info.source)}: describe your data in [data], its licence too."
+            )
+        if shard.widths != expected:
+            raise ConfigInvalid(
+                f"model.preset is {settings.model.preset}, which needs shards of (channels, height, width, token "
+                f"width, pooled width) = {expected}, but {path.name} has {shard.widths}."
+            )
+        longest = max(
+            int(stop - start) for start, stop in zip(shard.text_offsets, shard.text_offsets[1:], strict=False)
+        )
+        if longest > conditioning.max_tokens:
+            raise ConfigInvalid(
+                f"model.max_tokens is {conditioning.max_tokens}, but {path.name} has a caption of {longest} tokens: "
+                "raise the first, or encode the captions shorter."
+            )
+
+
+def _clear(directory: RunDirectory, root_key_out: Path) -> PrivateKey:
+    """Refuse what is not ours, clear away an interrupted founding, and return its root key, or else a new one."""
+    if directory.holds_run:
+        raise DirectoryNotEmpty(f"{directory.root} holds a run already; nothing was changed.")
+    places = (directory.keys, directory.public, directory.database, directory.blobs, directory.staging)
+    marker = directory.founding / _MARKER
+    if directory.founding.exists():
+        interrupted = marker.read_text(encoding="ascii").strip() if marker.exists() else None
+    else:
+        in_the_way = [path.name for path in places if path.exists()]
+        if in_the_way:
+            raise DirectoryNotEmpty(
+                f"{directory.root} holds {', '.join(in_the_way)} but no run; choose another directory."
+            )
+        interrupted = None
+    root = _root_key(root_key_out, interrupted)
+    if directory.founding.exists():
+        for path in (directory.keys, directory.public, *directory.founding.iterdir()):
+            if path != marker:
+                _remove(path)
+    directory.founding.mkdir(mode=0o700, exist_ok=True)
+    return root
+
+
+def _root_key(path: Path, interrupted: str | None) -> PrivateKey:
+    if interrupted is not None and path.exists() and (key := PrivateKey.load(path)).public.hex == interrupted:
+        return key
+    _refuse_key_file(path)
+    return PrivateKey.generate()
+
+
+def _refuse_key_file(path: Path) -> None:
+    if path.exists():
+        raise KeyUnreadable(
+            f"{path} exists; it may be the root key of another run and is never overwritten. Choose another place for "
+            "the new key with --root-key."
+        )
+    if not path.parent.is_dir():
+        raise KeyUnreadable(f"The root key can't be written to {path}: there is no directory {path.parent}.")
+
+
+def _build(
+    work: Path,
+    settings: Settings,
+    shards: Sequence[Path],
+    heldout: Path,
+    root: PrivateKey,
+    seed: bytes,
+    now_ms: int,
+) -> bytes:
+    """Make keys/ and public/ under `work`; return the signed run config."""
+    coordinator = PrivateKey.generate()
+    _write_keys(work / "keys", coordinator, now_ms)
+    public = work / "public"
+    for name in PUBLIC_FOLDERS:
+        (public / name).mkdir(parents=True)
+    checkpoint = public / layout.checkpoint_directory(0)
+    config = run_config(
+        settings,
+        shards=tuple(_add_shard(path, public) for path in shards),
+        heldout=_add_shard(heldout, public),
+        seed=seed,
+        genesis_sha256=_write_genesis(checkpoint, settings, seed),
+    )
+    _check_distinct(config)
+    run = RunId(str(root.public.key_id))
+    delegation = Delegation(
+        run=run, role="coordinator", public_key=coordinator.public.hex, not_after_ms=now_ms + DELEGATION_MS
+    )
+    envelope = sign(config, root)
+    for name, content in (
+        (layout.RUN_CONFIG, envelope),
+        (layout.ROOT_KEY, root.public.hex.encode("ascii") + b"\n"),
+        (layout.DELEGATION, sign(delegation, root)),
+    ):
+        (public / name).write_bytes(content)
+        # A checkpoint directory carries them too, so that it can be verified alone.
+        (checkpoint / name).write_bytes(content)
+    manifest = sign(_genesis_manifest(checkpoint, run, config), coordinator)
+    (checkpoint / layout.MANIFEST).write_bytes(manifest)
+    (public / layout.LATEST).write_bytes(manifest)
+    return envelope
+
+
+def _write_keys(keys: Path, coordinator: PrivateKey, now_ms: int) -> None:
+    keys.mkdir(mode=0o700)
+    coordinator.save(keys / "coordinator.pem")
+    key_pem, certificate_pem = self_signed(now_ms)
+    for name, content in (
+        ("tls.key", key_pem),
+        ("tls.crt", certificate_pem),
+        ("run_secret", os.urandom(RUN_SECRET_BYTES)),
+    ):
+        write_file(keys / name, content, mode=0o600)
+
+
+def _add_shard(path: Path, public: Path) -> ShardRef:
+    content = path.read_bytes()
+    sha256 = sha256_hex(content)
+    (public / layout.shard_path(sha256)).write_bytes(content)
+    return ShardRef(sha256=sha256, size=len(content), samples=Shard.open(content).n)
+
+
+def _check_distinct(config: RunConfig) -> None:
+    digests = [shard.sha256 for shard in (*config.data.shards, config.data.heldout)]
+    if len(set(digests)) != len(digests):
+        raise ConfigInvalid(
+            "Two of the shards are the same file; each must be given once, and the held-out one must not be trained on."
+        )
+
+
+def _write_genesis(checkpoint: Path, settings: Settings, seed: bytes) -> Digest:
+    """Write checkpoint 0's model files; return the digest of its weights."""
+    shape = settings.model_shape()
+    write_description(checkpoint, config=shape, conditioning=settings.conditioning(), space=settings.space())
+    return Digest(write_checkpoint(checkpoint / layout.WEIGHTS, initial_state(shape, seed)).sha256.hex())
+
+
+def _genesis_manifest(checkpoint: Path, run: RunId, config: RunConfig) -> Manifest:
+    """The momentum is absent, which means zeros; the log has not begun."""
+    return Manifest(
+        run=run,
+        config_sha256=digest_of(config),
+        checkpoint=0,
+        previous_manifest_sha256=None,
+        outer=config.outer,
+        merged=(),
+        files=_describe_files(checkpoint),
+        state=(StateEntry(role=layout.ROLE_WEIGHTS, path=layout.WEIGHTS),),
+        log_position=0,
+        log_head="0" * 64,
+    )
+
+
+def _describe_files(directory: Path) -> tuple[FileEntry, ...]:
+    entries = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        entries.append(FileEntry(path=path.relative_to(directory).as_posix(), sha256=sha256, size=path.stat().st_size))
+    return tuple(entries)
+
+
+def write_settings(directory: RunDirectory, settings: Settings) -> None:
+    """Leave a run.toml that says what the run uses; other words of the operator are kept beside it, as run.toml.old."""
+    file = directory.settings_file
+    if file.exists():
+        if Settings.load(file) == settings:
+            return
+        write_file(file.with_name("run.toml.old"), file.read_bytes())
+    write_file(file, render(settings).encode("utf-8"))
+
+
+def _export(root: PrivateKey, path: Path) -> None:
+    """Write the root key so that its file is whole or absent, also when we are killed meanwhile."""
+    if path.exists():
+        return  # taken up from an interrupted founding
+    partial = path.with_name(f".{path.name}.part")
+    partial.unlink(missing_ok=True)
+    root.save(partial)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def _commit(directory: RunDirectory, envelope: bytes) -> None:
+    for place in (directory.keys, directory.public):
+        (directory.founding / place.name).rename(place)
+    sync(directory.root)
+    write_file(directory.run_file, envelope)
+    shutil.rmtree(directory.founding, ignore_errors=True)
+
+
+@contextmanager
+def _undone_on_failure(directory: RunDirectory, root_key_out: Path) -> Iterator[None]:
+    """Clear away what was made if founding fails by itself; after SIGKILL the next founding does it."""
+    try:
+        yield
+    except BaseException:
+        if not directory.holds_run:
+            # Once the key is exported, the marker must stay: it is what lets the next founding take the key up again.
+            kept = {directory.founding / _MARKER} if root_key_out.exists() else set()
+            for path in {directory.keys, directory.public, *directory.founding.iterdir()} - kept:
+                _remove(path)
+            if not kept:
+                directory.founding.rmdir()
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(root: Path) -> None:
+    for path in root.rglob("*"):
+        sync(path)
+    sync(root)

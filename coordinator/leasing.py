@@ -1,0 +1,237 @@
+"""Giving out units: who gets which, for how long, and what happens when the time is over."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from coordinator.desk import NEVER_MS, Desk
+from coordinator.owners import Device, Owner, OwnerState
+from coordinator.rounds import Round, RoundState
+from coordinator.sessions import Proven, Session
+from coordinator.units import (
+    Attempt,
+    AttemptState,
+    Expired,
+    HandedBack,
+    Unit,
+    UnitAssigned,
+    UnitReleased,
+    UnitState,
+    advance,
+)
+from protocol.assignment import unit_id, unit_seed, unit_shards
+from protocol.canonical import sha256_hex
+from protocol.documents import ArtifactLimit, Digest, Lease, LeaseId, UnitId, digest_of, sign
+from protocol.errors import LeaseEnded, LeaseUnknown, OwnerBanned, RunFinished
+from protocol.layout import ROLE_DELTA
+from protocol.limits import SECOND_MS, UPLOADING_PER_DEVICE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leased:
+    """A unit for this device."""
+
+    envelope: bytes
+    remaining_ms: int
+    base_checkpoint: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoWork:
+    """No unit now; `reason` is for a person."""
+
+    reason: str
+    retry_after_ms: int
+
+
+def admit_device(desk: Desk, proven: Proven) -> None:
+    """Remember an owner and a device at the start of a session; raise `OwnerBanned`."""
+    store = desk.store
+    owner_id = proven.owner_key.key_id
+    known = store.owner(owner_id)
+    if known is not None and known.state is OwnerState.BANNED:
+        raise OwnerBanned
+    store.put_owner(
+        Owner(
+            owner=owner_id,
+            public_key=proven.owner_key.hex,
+            state=known.state if known else OwnerState.PROBATION,
+            member=desk.member(owner_id),
+            valid_in_row=known.valid_in_row if known else 0,
+            terms_sha256=Digest(proven.proof.terms_sha256),
+        )
+    )
+    store.put_device(
+        Device(
+            device=proven.device_key.key_id,
+            public_key=proven.device_key.hex,
+            owner=owner_id,
+            delegation_envelope=proven.delegation_envelope,
+            device_class=proven.proof.device_class,
+            trainer_version=proven.proof.trainer_version,
+        )
+    )
+
+
+def open_round(desk: Desk, number: int, base_sha256: Digest) -> None:
+    """Start a round: its units, its epoch, and the hash of the epoch's secret in the log."""
+    desk.store.add_round(
+        Round(
+            round=number,
+            state=RoundState.COLLECTING,
+            opened_ms=desk.clock.now_ms(),
+            closed_ms=None,
+            merge=(),
+            manifest_sha256=None,
+        )
+    )
+    desk.store.put_meta(f"round/{number}/base", base_sha256)
+    desk.store.add_units(
+        [
+            Unit(
+                unit=unit_id(desk.config_sha256, number, index),
+                round=number,
+                index=index,
+                state=UnitState.OPEN,
+                outcome=None,
+                chosen=None,
+                merged_in=None,
+            )
+            for index in range(desk.config.rounds.units)
+        ]
+    )
+    secret_hash = sha256_hex(desk.epoch_secret(number))
+    desk.log("epoch-opened", {"epoch": number, "secret_sha256": secret_hash})
+
+
+def lease_unit(
+    desk: Desk, session: Session, *, random_bytes: Callable[[int], bytes] = secrets.token_bytes
+) -> Leased | NoWork:
+    """Return the unit that this device already holds, else a new one, else why there is none.
+
+    Raises `OwnerBanned`, and `RunFinished` after the last planned round.
+    """
+    store, now = desk.store, desk.clock.now_ms()
+    owner = store.owner(session.owner)
+    if owner is None or owner.state is OwnerState.BANNED:
+        raise OwnerBanned
+    held = store.leased_attempt(session.device)
+    if held is not None:
+        if held.deadline_ms > now:
+            # A worker that crashed gets its unit back instead of waiting for its own lease to end.
+            return _answer(held, now)
+        _end_lease(desk, held, Expired())
+    uploading = [attempt for attempt in store.uploading_attempts(session.device) if _in_time(attempt, now)]
+    if len(uploading) > UPLOADING_PER_DEVICE:
+        return NoWork(reason="earlier units must be uploaded first", retry_after_ms=2 * SECOND_MS)
+    current = store.latest_round()
+    if current is None:
+        return NoWork(reason="the run has not begun", retry_after_ms=5 * SECOND_MS)
+    if current.state is RoundState.PUBLISHED and current.round >= desk.config.rounds.planned:
+        raise RunFinished
+    unit = store.next_open_unit(current.round) if current.state is RoundState.COLLECTING else None
+    if unit is None:
+        doing = "all its units are given out" if current.state is RoundState.COLLECTING else "it is being merged"
+        return NoWork(reason=f"round {current.round}: {doing}", retry_after_ms=SECOND_MS)
+    return _answer(_lease(desk, session, unit, random_bytes), now)
+
+
+def _answer(attempt: Attempt, now_ms: int) -> Leased:
+    return Leased(
+        envelope=attempt.lease_envelope,
+        remaining_ms=max(0, attempt.deadline_ms - now_ms),
+        base_checkpoint=attempt.round - 1,
+    )
+
+
+def _lease(desk: Desk, session: Session, unit: Unit, random_bytes: Callable[[int], bytes]) -> Attempt:
+    rules = desk.config.rounds
+    base = desk.store.meta(f"round/{unit.round}/base")
+    assert base is not None  # written with the round
+    lease = Lease(
+        run=desk.run,
+        config_sha256=desk.config_sha256,
+        lease=random_bytes(16).hex(),
+        device=session.device,
+        unit=unit.unit,
+        round=unit.round,
+        index=unit.index,
+        base_sha256=base,
+        shards=unit_shards(desk.config, unit.round, unit.index),
+        seed=unit_seed(unit.unit),
+        artifacts=(ArtifactLimit(role=ROLE_DELTA, max_bytes=desk.delta_bytes),),
+        duration_ms=rules.lease_ms,
+    )
+    attempt = Attempt(
+        lease=LeaseId(lease.lease),
+        unit=unit.unit,
+        round=unit.round,
+        device=session.device,
+        owner=session.owner,
+        state=AttemptState.LEASED,
+        deadline_ms=desk.clock.now_ms() + rules.lease_ms,
+        lease_envelope=sign(lease, desk.key),
+        lease_sha256=digest_of(lease),
+        claim_sha256=None,
+        claim_envelope=None,
+        artifacts=(),
+        claim_receipt=None,
+        sketch=None,
+        bytes_receipt=None,
+        verdict_envelope=None,
+    )
+    assigned, _ = advance(unit, UnitAssigned())
+    desk.store.save_unit(unit, assigned)
+    desk.store.add_attempt(attempt)
+    return attempt
+
+
+def hand_back(desk: Desk, session: Session, lease: str) -> None:
+    """Take a unit back; raise `LeaseUnknown`, or `LeaseEnded` if it was claimed already."""
+    attempt = desk.store.attempt(LeaseId(lease))
+    if attempt is None or attempt.device != session.device:
+        raise LeaseUnknown
+    if attempt.state in {AttemptState.HANDED_BACK, AttemptState.EXPIRED}:
+        return
+    if attempt.state is not AttemptState.LEASED:
+        raise LeaseEnded("This unit was claimed already; it can't be handed back.")
+    _end_lease(desk, attempt, HandedBack())
+
+
+def _end_lease(desk: Desk, attempt: Attempt, event: Expired | HandedBack) -> None:
+    ended, _ = advance(attempt, event)
+    desk.store.save_attempt(attempt, ended)
+    release_unit(desk, attempt.unit)
+
+
+def release_unit(desk: Desk, unit_name: UnitId) -> None:
+    """Open a unit again, unless somebody else still works on it.
+
+    A unit of a closed round is not leased again, but late work for it may still settle it until the staleness bound.
+    """
+    store, now = desk.store, desk.clock.now_ms()
+    unit = store.unit(unit_name)
+    if unit is None or unit.state is not UnitState.ASSIGNED:
+        return
+    working = {AttemptState.LEASED, AttemptState.CLAIMED, AttemptState.SKETCHED}
+    if any(other.state in working and _in_time(other, now) for other in store.attempts_of_unit(unit.unit)):
+        return
+    released, _ = advance(unit, UnitReleased())
+    store.save_unit(unit, released)
+
+
+def _in_time(attempt: Attempt, now_ms: int) -> bool:
+    return now_ms < attempt.deadline_ms < NEVER_MS
+
+
+def expire_due(desk: Desk) -> int:
+    """End every lease whose time is over, and release units whose claimed bytes never came; return how many."""
+    due = desk.store.due_attempts(desk.clock.now_ms())
+    for attempt in due:
+        if attempt.state is AttemptState.LEASED:
+            _end_lease(desk, attempt, Expired())
+        else:
+            # The claim stays good: its bytes may still come, late. Only the unit is given to somebody else.
+            desk.store.save_attempt(attempt, replace(attempt, deadline_ms=NEVER_MS))
+            release_unit(desk, attempt.unit)
+    return len(due)

@@ -1,0 +1,132 @@
+"""The lifecycle of a round, and the rule that says when it closes.
+
+Round r trains from checkpoint r - 1 and publishes checkpoint r. What it merges is fixed at its close. Pure rules: the
+time is passed in. Source: PROTOCOL.md section 6.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum, unique
+from typing import Final, TypeAlias
+
+from protocol.documents import Digest, MergeEntry, Rounds
+from protocol.errors import IllegalTransition
+
+
+@unique
+class RoundState(Enum):
+    """Where a round stands."""
+
+    COLLECTING = "collecting"  # its units are leased and claimed
+    CLOSED = "closed"  # the merge set is fixed
+    MERGING = "merging"  # the new checkpoint is being computed
+    PUBLISHED = "published"  # end: the checkpoint's manifest is out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """A round. Times are UTC milliseconds; `merge` is empty until the close; `manifest_sha256` comes with the end."""
+
+    round: int
+    opened_ms: int
+    state: RoundState = RoundState.COLLECTING
+    closed_ms: int | None = None
+    merge: tuple[MergeEntry, ...] = ()
+    manifest_sha256: Digest | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """The round takes nothing more into its merge, which is `merge`, weights included."""
+
+    now_ms: int
+    merge: tuple[MergeEntry, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeStarted:
+    """A process computes the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeInterrupted:
+    """That process died or gave up; nothing was published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """The checkpoint's signed manifest has its name; `manifest_sha256` is the digest of its payload."""
+
+    manifest_sha256: Digest
+
+
+RoundEvent: TypeAlias = Closed | MergeStarted | MergeInterrupted | Published
+
+TRANSITIONS: Final[dict[tuple[RoundState, type[RoundEvent]], RoundState]] = {
+    (RoundState.COLLECTING, Closed): RoundState.CLOSED,
+    (RoundState.CLOSED, MergeStarted): RoundState.MERGING,
+    # The merge set is fixed, so merging again gives the same bytes: an interruption costs time only.
+    (RoundState.MERGING, MergeInterrupted): RoundState.CLOSED,
+    (RoundState.MERGING, Published): RoundState.PUBLISHED,
+}
+"""Every legal move of a round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRound:
+    """Compute and publish the checkpoint of `round`."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRound:
+    """Open `round`, unless the run has no more rounds planned."""
+
+    round: int
+
+
+Instruction: TypeAlias = MergeRound | OpenRound
+
+
+def advance(thing: Round, event: RoundEvent) -> tuple[Round, tuple[Instruction, ...]]:
+    """Return the round after `event`, and what the caller must do now; raise `IllegalTransition`."""
+    state = TRANSITIONS.get((thing.state, type(event)))
+    if state is None:
+        raise IllegalTransition(f"Round {thing.round} is {thing.state.value}; {type(event).__name__} does not fit.")
+    moved = replace(thing, state=state)
+    match event:
+        case Closed():
+            return replace(moved, closed_ms=event.now_ms, merge=event.merge), (MergeRound(round=thing.round),)
+        case MergeInterrupted():
+            return moved, (MergeRound(round=thing.round),)
+        case Published():
+            return replace(moved, manifest_sha256=event.manifest_sha256), (OpenRound(round=thing.round + 1),)
+        case MergeStarted():
+            return moved, ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundFacts:
+    """What the closing rule looks at.
+
+    `received`: units of the round whose bytes are here. `settled`: units of the round that came to an end. `total`:
+    units of the round.
+    """
+
+    now_ms: int
+    received: int
+    settled: int
+    total: int
+
+
+def is_due(thing: Round, rules: Rounds, facts: RoundFacts) -> bool:
+    """Say whether a collecting round must close now.
+
+    Either every unit is settled, or the minimum window has passed and enough units have arrived: the window is what
+    keeps those who skip work and finish first from owning the round. A round never closes with nothing received.
+    """
+    if thing.state is not RoundState.COLLECTING or facts.received == 0:
+        return False
+    if facts.settled >= facts.total:
+        return True
+    return facts.now_ms - thing.opened_ms >= rules.min_window_ms and facts.received >= rules.min_units

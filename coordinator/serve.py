@@ -1,0 +1,208 @@
+"""`commonweight coordinator serve`: the supervisor of a run's three processes.
+
+    control    gRPC, the only writer of the database, the only holder of keys
+    public     HTTP over public/: no database, no keys
+    settler    reads what strangers sent, merges, measures: no database, no keys, no port
+
+It takes the directory's lock, makes the sockets that join the processes, says where volunteers can join once all of
+them answer, and stops or restarts all three together: half a coordinator never goes on.
+"""
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from coordinator.directory import RunDirectory, write_file
+from protocol.canonical import canonical_json
+from protocol.errors import ConfigInvalid
+from protocol.join import JoinString
+
+logger = logging.getLogger(__name__)
+
+READY_SECONDS: Final = 120.0
+STOP_SECONDS: Final = 20.0
+MAX_RESTARTS: Final = 5
+RESTART_WINDOW_SECONDS: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """Where a run is served, as it stands in DIR/serving.json while it is."""
+
+    join: str
+    public_url: str
+    pids: dict[str, int]
+
+
+class _Stop(Exception):
+    """A signal asked for the end."""
+
+
+def _on_signal(_number: int, _frame: FrameType | None) -> None:
+    raise _Stop
+
+
+class Supervisor:
+    """Starts, watches and stops the processes of one run."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        self._settings = directory.settings()
+        self._identity = directory.identity()
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._lifeline_read, self._lifeline_write = os.pipe()
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT (0), or until it keeps failing (1)."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _on_signal)
+        restarts: deque[float] = deque()
+        try:
+            while True:
+                self._serve_once()
+                now = time.monotonic()
+                restarts.append(now)
+                while now - restarts[0] > RESTART_WINDOW_SECONDS:
+                    restarts.popleft()
+                if len(restarts) > MAX_RESTARTS:
+                    logger.error("it failed %d times in ten minutes; giving up", len(restarts))
+                    return 1
+                time.sleep(min(2.0 ** len(restarts), 30.0) / 4)
+        except _Stop:
+            return 0
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            self._stop()
+
+    def _serve_once(self) -> None:
+        """Start all processes and return when one of them has ended and the others were stopped."""
+        try:
+            with self._public_socket() as public:
+                url = self._settings.server.public_url or self._url(public.getsockname()[1])
+                port = self._start(public, url)
+            serving = self._serving(port, url)
+            write_file(
+                serving_file(self._directory),
+                canonical_json({"join": serving.join, "pids": serving.pids, "public_url": serving.public_url}),
+            )
+            print(f"ready: volunteers join with\n  commonweight worker start --join {serving.join}", flush=True)
+            print(f"public files: {serving.public_url}", flush=True)
+            while all(child.poll() is None for child in self._children.values()):
+                time.sleep(0.2)
+        finally:
+            self._stop()
+
+    def _url(self, port: int) -> str:
+        return f"http://{self._settings.server.advertised_host}:{port}"
+
+    def _public_socket(self) -> socket.socket:
+        server = self._settings.server
+        family = socket.AF_INET6 if ":" in server.bind else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((server.bind.strip("[]"), server.public_port))
+        except OSError as error:
+            listening.close()
+            raise ConfigInvalid(
+                f"server.public_port is {server.public_port}, but {server.bind}:{server.public_port} can't be used "
+                f"({error.strerror}); choose a free port."
+            ) from None
+        listening.listen(256)
+        return listening
+
+    def _start(self, public: socket.socket, url: str) -> int:
+        """Start the three processes; return the gRPC port once all of them answer."""
+        ours, theirs = socket.socketpair()
+        ready_read, ready_write = os.pipe()
+        root, lifeline = str(self._directory.root), str(self._lifeline_read)
+        self._spawn("settler", [root, str(theirs.fileno()), lifeline], (theirs.fileno(),))
+        self._spawn("public", [root, str(public.fileno()), lifeline], (public.fileno(),))
+        self._spawn(
+            "control_process",
+            [root, str(ours.fileno()), lifeline, str(ready_write), url],
+            (ours.fileno(), ready_write),
+        )
+        ours.close()
+        theirs.close()
+        os.close(ready_write)
+        with os.fdopen(ready_read, "rb") as ready:
+            if not select.select([ready], [], [], READY_SECONDS)[0] or not (line := ready.readline()):
+                raise ConfigInvalid(
+                    f"The coordinator did not come up (see above). Is server.port {self._settings.server.port} free?"
+                )
+        self._await_public(public.getsockname()[1])
+        return int(json.loads(line)["port"])
+
+    def _spawn(self, module: str, arguments: list[str], descriptors: tuple[int, ...]) -> None:
+        self._children[module] = subprocess.Popen(
+            [sys.executable, "-P", "-m", f"coordinator.{module}", *arguments],
+            pass_fds=(*descriptors, self._lifeline_read),
+            start_new_session=True,  # Ctrl-C goes to the supervisor alone, which stops the others in order
+        )
+
+    def _await_public(self, port: int) -> None:
+        host = self._settings.server.bind.strip("[]")
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+        end = time.monotonic() + READY_SECONDS
+        while time.monotonic() < end:
+            try:
+                with socket.create_connection((host, port), 2) as connection:
+                    connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+                    if connection.recv(15).startswith(b"HTTP/"):
+                        return
+            except OSError:
+                pass
+            time.sleep(0.05)
+        raise ConfigInvalid(f"The public HTTP server on port {port} did not answer.")
+
+    def _serving(self, port: int, url: str) -> Serving:
+        join = JoinString(host=self._settings.server.advertised_host, port=port, run=self._identity.run)
+        pids = {name: child.pid for name, child in self._children.items()} | {"supervisor": os.getpid()}
+        return Serving(join=str(join), public_url=url, pids=pids)
+
+    def _stop(self) -> None:
+        """Stop control first (it ends its calls), then the others; what does not end in time is killed."""
+        serving_file(self._directory).unlink(missing_ok=True)
+        for name in ("control_process", "settler", "public"):
+            child = self._children.pop(name, None)
+            if child is None:
+                continue
+            child.terminate()
+            try:
+                child.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def serve(directory: RunDirectory) -> int:
+    """Serve a run until asked to stop; return the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s serve: %(message)s")
+    with directory.lock():
+        return Supervisor(directory).run()
+
+
+def serving_file(directory: RunDirectory) -> Path:
+    """Return the file that says where a run is served; it is there only while it is."""
+    return directory.root / "serving.json"
+
+
+def read_serving(directory: RunDirectory) -> Serving | None:
+    """Return where a run is served, or None when it is not."""
+    try:
+        return Serving(**json.loads(serving_file(directory).read_bytes()))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,233 @@
+"""The sections of run.toml: each setting with its type, its bounds, its default and a sentence about it."""
+
+import ipaddress
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from coordinator.settings_problems import show
+from mmdit.presets import PRESETS
+from protocol.documents import RunId
+from protocol.errors import JoinStringInvalid
+from protocol.join import JoinString
+from protocol.limits import MAX_TEXT_CHARACTERS
+
+DEFAULT_TERMS: Final = """\
+You lend this run your computer's time. What your computer sends (weight deltas, signed claims) becomes part of a
+public record under a pseudonym, together with a coarse description of the device; your address and your computer's
+name do not. What was merged stays merged when you leave. The trained weights are published for everybody under the
+licence below. There is no warranty and no pay, and you may stop at any time."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _text(default: str, sentence: str) -> Any:
+    return Field(default=default, description=sentence, min_length=1, max_length=MAX_TEXT_CHARACTERS)
+
+
+class RunSettings(_Section):
+    """What the run is called, and what volunteers agree to."""
+
+    name: str = _text("digits", "Name of the run, as volunteers see it.")
+    weights_licence: str = _text("Apache-2.0", "Licence of the published weights, as an SPDX identifier.")
+    terms: str = Field(
+        default=DEFAULT_TERMS,
+        min_length=1,
+        max_length=65_536,
+        description="What a volunteer accepts before the first unit.",
+    )
+
+
+class ModelSettings(_Section):
+    """The model that is trained."""
+
+    preset: str = Field(
+        default="digits", description='Shape of the model, by name; this version has "digits" (8 x 8 grey pixels).'
+    )
+    max_tokens: int = Field(
+        default=8, ge=1, le=4096, description="Text tokens that the model sees; one is 4 bytes of caption."
+    )
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, preset: str) -> str:
+        pixel = sorted(name for name, config in PRESETS.items() if config.in_channels in (1, 3))
+        if preset not in PRESETS:
+            raise ValueError(f"model.preset is {show(preset)}; it must be one of {', '.join(PRESETS)}.")
+        if preset not in pixel:
+            raise ValueError(
+                f"model.preset is {show(preset)}, which paints in {PRESETS[preset].in_channels} latent channels, but "
+                f"runs of this version paint in pixels (1 or 3 channels); choose {' or '.join(map(show, pixel))}."
+            )
+        return preset
+
+
+class DataSettings(_Section):
+    """Where the pictures come from; the shards themselves are given to `init --data`."""
+
+    name: str = _text("scikit-learn digits", "Name of the data set.")
+    source: str = _text(
+        "https://archive.ics.uci.edu/dataset/80 (E. Alpaydin, C. Kaynak), as scikit-learn ships it",
+        "Where the pictures and captions come from.",
+    )
+    licence: str = _text("CC-BY-4.0", "Licence of the pictures and captions.")
+
+
+class TrainingSettings(_Section):
+    """The inner loop of a work unit: AdamW from zero state."""
+
+    steps: int = Field(default=30, ge=1, le=100_000, description="Steps of one unit.")
+    batch: int = Field(default=32, ge=1, le=65_536, description="Samples of one step.")
+    lr: float = Field(default=0.002, gt=0, le=10, description="Learning rate in the first round.")
+    lr_final_share: float = Field(
+        default=0.3, gt=0, le=1, description="Share of the learning rate that is left in the last planned round."
+    )
+    warmup_steps: int = Field(
+        default=5, ge=0, le=100_000, description="Steps over which the rate rises, in every unit."
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's beta1.")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="AdamW's beta2.")
+    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's epsilon.")
+    weight_decay: float = Field(default=0.01, ge=0, le=10, description="AdamW's weight decay.")
+    grad_clip: float = Field(default=1.0, gt=0, description="Largest norm of a step's gradient.")
+    text_dropout: float = Field(default=0.1, ge=0, le=1, description="Share of samples trained without their caption.")
+    segment_steps: int = Field(
+        default=10, ge=1, le=100_000, description="Steps between two digests that a claim commits to."
+    )
+
+
+class CodecSettings(_Section):
+    """How deltas are coded on their way up (4 bits a parameter, seeded dither)."""
+
+    block: int = Field(default=256, ge=16, le=65_536, description="Parameters that share a scale; a power of two.")
+
+    @field_validator("block")
+    @classmethod
+    def _power_of_two(cls, block: int) -> int:
+        if block & (block - 1):
+            lower = 1 << (block.bit_length() - 1)
+            raise ValueError(f"codec.block is {block}; it must be a power of two, such as {lower} or {2 * lower}.")
+        return block
+
+
+class OuterSettings(_Section):
+    """The outer step, SGD with Nesterov momentum over the merged delta (DiLoCo, arXiv 2311.08105)."""
+
+    lr: float = Field(default=0.7, gt=0, le=10, description="Outer learning rate.")
+    momentum: float = Field(
+        default=0.8, ge=0, lt=1, description="Outer momentum; 0.9 can overshoot in runs of few rounds."
+    )
+
+
+class RoundsSettings(_Section):
+    """Rounds: how many, how large, when one closes, and what becomes of late work."""
+
+    planned: int = Field(default=20, ge=1, le=10_000_000, description="Rounds after which the run is finished.")
+    units: int = Field(default=4, ge=1, le=1_000_000, description="Work units of a round.")
+    shards_per_unit: int = Field(
+        default=2, ge=1, le=65_536, description="Data shards that a unit draws its samples from."
+    )
+    min_window_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        le=31_536_000,
+        description="A round stays open at least this long, unless every unit is settled.",
+    )
+    min_units: int = Field(
+        default=3, ge=1, le=1_000_000, description="Deltas that must have arrived before a round closes."
+    )
+    staleness_bound: int = Field(
+        default=2, ge=0, le=1_000, description="Rounds by which work may be late and still count."
+    )
+    staleness_discount: float = Field(
+        default=0.5, ge=0, le=1, description="What late work still weighs, for each round late."
+    )
+    lease_seconds: float = Field(default=300.0, ge=1, le=31_536_000, description="Time to train a unit and claim it.")
+    upload_seconds: float = Field(default=300.0, ge=1, le=31_536_000, description="Time to upload a claimed delta.")
+
+
+class ServerSettings(_Section):
+    """Where the coordinator listens and how volunteers reach it. May change at any time; restart `serve` after."""
+
+    bind: str = Field(
+        default="127.0.0.1", description='Address to listen on; "0.0.0.0" is every IPv4 address of this machine.'
+    )
+    port: int = Field(
+        default=7700,
+        ge=0,
+        le=65_535,
+        description="Port for volunteers (gRPC over TLS); 0 takes a free one at each start.",
+    )
+    public_port: int = Field(
+        default=7701, ge=0, le=65_535, description="Port for public files (HTTP); 0 takes a free one."
+    )
+    advertised_host: str = Field(
+        default="127.0.0.1", description="Name or address that volunteers use; it goes into the join string."
+    )
+    public_url: str | None = Field(
+        default=None, description="Where the public files are reached, if not at http://ADVERTISED_HOST:PUBLIC_PORT."
+    )
+
+    @field_validator("bind")
+    @classmethod
+    def _address(cls, bind: str) -> str:
+        try:
+            ipaddress.ip_address(bind)
+        except ValueError:
+            raise ValueError(
+                f"server.bind is {show(bind)}; it must be an IP address of this machine, "
+                'such as "127.0.0.1" or "0.0.0.0".'
+            ) from None
+        return bind
+
+    @field_validator("advertised_host")
+    @classmethod
+    def _joinable(cls, host: str) -> str:
+        try:
+            JoinString.parse(f"cw1:{host}:1:{'0' * 64}")
+        except JoinStringInvalid:
+            raise ValueError(
+                f"server.advertised_host is {show(host)}; it must be a host name or an address without a port "
+                f'(IPv6 in brackets), such as "train.example.org".'
+            ) from None
+        return host
+
+    @field_validator("public_url")
+    @classmethod
+    def _url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc or len(url) > 500 or url.split() != [url]:
+            raise ValueError(
+                f"server.public_url is {show(url)}; it must be a web address, such as "
+                '"https://train.example.org/files", or be left out.'
+            )
+        return url.rstrip("/")
+
+    def join_string(self, run: RunId) -> JoinString | None:
+        """Return what a volunteer needs to join, or None if the port is only known once the run is served."""
+        return JoinString(host=self.advertised_host, port=self.port, run=run) if self.port else None
+
+
+class StorageSettings(_Section):
+    """What is kept, and how much of the disk is left alone. May change at any time; restart `serve` after."""
+
+    retain_rounds: int = Field(
+        default=0,
+        ge=0,
+        le=10_000_000,
+        description="Rounds whose deltas are kept; 0 keeps all. Older rounds keep digests only.",
+    )
+    reserve_mib: int = Field(
+        default=512, ge=0, le=2**30, description="Free space (MiB) below which uploads are refused."
+    )
+
+
+class VerificationSettings(_Section):
+    """How claims are judged."""
+
+    mode: Literal["none"] = Field(default="none", description='"none" checks form, size and finiteness; no audits yet.')

@@ -1,0 +1,159 @@
+"""The settler process: jobs in, results out. It reads what strangers sent, merges and measures; it has no database,
+no keys and no port.
+
+One JSON object a line each way, over a socket that the supervisor made. Jobs: `describe`, `admit` (is this file a
+delta of this run?), `merge`, `evaluate`. The heavy ones run one at a time each, beside the admissions.
+"""
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from diloco.container import Container, container_size
+from diloco.merge import MergeInput, merge_round
+from protocol import layout
+from protocol.documents import Artifact, FileEntry, RunConfig
+from protocol.errors import Bug, CommonweightError
+from verify.admission import admit_delta
+from verify.replay import codec_config, conditioning_config, delta_schema, model_config, outer_config
+
+logger = logging.getLogger(__name__)
+
+HELDOUT_TRIPLES: Final = 512
+HELDOUT_BATCH: Final = 64
+
+Job = dict[str, Any]
+
+
+def describe(config: RunConfig) -> Job:
+    """Return what the control process must know about the run's deltas: their exact size in bytes."""
+    return {"delta_bytes": container_size(delta_schema(config), codec_config(config), bytes(32))}
+
+
+def admit(config: RunConfig, job: Job) -> Job:
+    """Raise the `BytesRefused` that fits unless the file is the delta that its claim committed to."""
+    admit_delta(Path(job["path"]), config=config, unit=job["unit"], artifact=Artifact(**job["artifact"]))
+    return {}
+
+
+def merge(config: RunConfig, job: Job) -> Job:
+    """Merge a round's deltas into `out`; return the entries of the two files written there."""
+    base, out = Path(job["base"]), Path(job["out"])
+    schema, codec = delta_schema(config), codec_config(config)
+    inputs = [
+        MergeInput(
+            claim_digest=bytes.fromhex(entry["claim"]),
+            container=Container.open(Path(entry["path"]), schema, codec, bytes.fromhex(entry["unit"])),
+            weight=entry["weight"],
+        )
+        for entry in job["entries"]
+    ]
+    momentum = base / layout.MOMENTUM
+    targets = {path: out / path for path in (layout.WEIGHTS, layout.MOMENTUM)}
+    for target in targets.values():
+        target.parent.mkdir(parents=True, exist_ok=True)
+    result = merge_round(
+        base / layout.WEIGHTS,
+        momentum if momentum.exists() else None,
+        inputs,
+        outer_config(config),
+        targets[layout.WEIGHTS],
+        targets[layout.MOMENTUM],
+    )
+    files = [
+        FileEntry(path=path, sha256=digest.sha256.hex(), size=digest.size)
+        for path, digest in ((layout.WEIGHTS, result.weights), (layout.MOMENTUM, result.momentum))
+    ]
+    return {"files": [asdict(entry) for entry in files]}
+
+
+def evaluate(config: RunConfig, job: Job) -> Job:
+    """Return the held-out loss of a checkpoint's weights."""
+    import torch
+
+    from diloco.checkpoint import TensorFile
+    from diloco.evaluate import heldout_loss
+    from diloco.shards import Shard, ShardSet
+
+    torch.set_num_threads(1)
+    loss = heldout_loss(
+        model_config(config),
+        TensorFile.open(Path(job["weights"])).load(),
+        ShardSet([Shard.open(Path(job["heldout"]))]),
+        bytes.fromhex(config.seed),
+        count=HELDOUT_TRIPLES,
+        batch=HELDOUT_BATCH,
+        max_tokens=conditioning_config(config).max_tokens,
+        device="cpu",
+    )
+    return {"heldout_loss": loss}
+
+
+class Settler:
+    """Reads jobs from a socket and writes their results, in whatever order they end."""
+
+    def __init__(self, config: RunConfig, connection: socket.socket) -> None:
+        self._config = config
+        self._connection = connection
+        self._writing = threading.Lock()
+        self._pools = {
+            "describe": ThreadPoolExecutor(1),
+            "admit": ThreadPoolExecutor(2),
+            "merge": ThreadPoolExecutor(1),
+            "evaluate": ThreadPoolExecutor(1),
+        }
+        self._work: dict[str, Callable[[Job], Job]] = {
+            "describe": lambda _: describe(config),
+            "admit": lambda job: admit(config, job),
+            "merge": lambda job: merge(config, job),
+            "evaluate": lambda job: evaluate(config, job),
+        }
+
+    def serve(self) -> None:
+        """Work until the other side closes."""
+        with self._connection.makefile("rb") as lines:
+            for line in lines:
+                job = json.loads(line)
+                self._pools[job["kind"]].submit(self._run, job)
+
+    def _run(self, job: Job) -> None:
+        answer: Job = {"id": job["id"]}
+        try:
+            answer["result"] = self._work[job["kind"]](job)
+        except CommonweightError as error:
+            answer["error"] = {"code": error.code, "message": error.message}
+        except OSError as error:
+            logger.exception("job %s failed", job["kind"], extra={"action": "job_failed"})
+            answer["error"] = {"code": Bug.code, "message": str(error), "errno": error.errno}
+        except Exception as error:
+            logger.exception("job %s failed", job["kind"], extra={"action": "job_failed"})
+            answer["error"] = {"code": Bug.code, "message": repr(error)}
+        with self._writing:
+            self._connection.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def main(arguments: list[str]) -> int:
+    """Entry of the settler process: `python -P -m coordinator.settler DIR SOCKET_FD LIFELINE_FD`."""
+    from coordinator.directory import RunDirectory
+    from coordinator.lifeline import exit_with_parent
+    from diloco.determinism import selftest
+
+    directory, descriptor, lifeline = RunDirectory(Path(arguments[0])), int(arguments[1]), int(arguments[2])
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s settler: %(message)s")
+    exit_with_parent(lifeline)
+    os.nice(5)  # receipts and leases come before merges
+    selftest()
+    Settler(directory.config(), socket.socket(fileno=descriptor)).serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

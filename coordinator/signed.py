@@ -1,0 +1,139 @@
+"""The signed part of the settings: from run.toml to the run config, and back to compare the two."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from coordinator.settings import Settings
+from coordinator.settings_problems import show
+from diloco import NUMERICS
+from mmdit.presets import PRESETS
+from protocol.documents import Codec, DataSet, Digest, OuterStep, Rounds, RunConfig, ShardRef, Training
+from protocol.limits import SECOND_MS
+
+DROPOUT_ONE: Final = 2**16
+"""`Training.text_dropout` of a share of one."""
+DISCOUNT_ONE: Final = 2**24
+"""`Rounds.staleness_discount` of a share of one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A signed setting that run.toml has otherwise than the run; both values as run.toml writes them."""
+
+    name: str
+    in_settings: str
+    in_run: str
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.in_settings} in run.toml, but {self.in_run} in the signed run."
+
+
+def run_config(
+    settings: Settings, *, shards: tuple[ShardRef, ...], heldout: ShardRef, seed: bytes, genesis_sha256: Digest
+) -> RunConfig:
+    """Return the complete run config of a run with these settings.
+
+    Args:
+        shards: the training shards, in the run's order.
+        heldout: the shard that no unit trains on.
+        seed: 32 bytes, from which the first weights come.
+        genesis_sha256: digest of checkpoint 0's weights file.
+    """
+    training, outer = settings.training, settings.outer
+    return RunConfig(
+        name=settings.run.name,
+        numerics=NUMERICS,
+        verification=settings.verification.mode,
+        seed=seed.hex(),
+        model=settings.model_shape().to_diffusers(),
+        conditioning=asdict(settings.conditioning()),
+        space={"kind": "pixel", **asdict(settings.space())},
+        data=DataSet(
+            name=settings.data.name,
+            source=settings.data.source,
+            licence=settings.data.licence,
+            shards=shards,
+            heldout=heldout,
+        ),
+        training=Training(
+            **training.model_dump(exclude={"text_dropout"}),
+            text_dropout=round(training.text_dropout * DROPOUT_ONE),
+            precision="fp32",
+        ),
+        codec=Codec(kind="dither4", block=settings.codec.block),
+        outer=OuterStep(lr=outer.lr, momentum=outer.momentum),
+        rounds=_rounds(settings),
+        genesis_sha256=genesis_sha256,
+        weights_licence=settings.run.weights_licence,
+        terms=settings.run.terms,
+    )
+
+
+def differences(settings: Settings, config: RunConfig) -> tuple[Difference, ...]:
+    """Return every signed setting in which `settings` and the run's signed config differ; none after a clean init."""
+    wanted = run_config(
+        settings,
+        shards=config.data.shards,
+        heldout=config.data.heldout,
+        seed=bytes.fromhex(config.seed),
+        genesis_sha256=Digest(config.genesis_sha256),
+    )
+    ours, theirs = _as_written(wanted), _as_written(config)
+    return tuple(
+        Difference(name=name, in_settings=show(ours[name]), in_run=show(theirs[name]))
+        for name in ours
+        if ours[name] != theirs[name]
+    )
+
+
+def _rounds(settings: Settings) -> Rounds:
+    rounds = settings.rounds
+    return Rounds(
+        planned=rounds.planned,
+        units=rounds.units,
+        shards_per_unit=rounds.shards_per_unit,
+        min_window_ms=round(rounds.min_window_seconds * SECOND_MS),
+        min_units=rounds.min_units,
+        staleness_bound=rounds.staleness_bound,
+        staleness_discount=round(rounds.staleness_discount * DISCOUNT_ONE),
+        lease_ms=round(rounds.lease_seconds * SECOND_MS),
+        upload_ms=round(rounds.upload_seconds * SECOND_MS),
+    )
+
+
+def _as_written(config: RunConfig) -> dict[str, Any]:
+    """The config under the names and in the units of run.toml."""
+    training, rounds = asdict(config.training), asdict(config.rounds)
+    del training["precision"]
+    training["text_dropout"] = _share(config.training.text_dropout, DROPOUT_ONE)
+    rounds["staleness_discount"] = _share(config.rounds.staleness_discount, DISCOUNT_ONE)
+    for name in ("min_window", "lease", "upload"):
+        rounds[f"{name}_seconds"] = rounds.pop(f"{name}_ms") / SECOND_MS
+    return {
+        "run.name": config.name,
+        "run.weights_licence": config.weights_licence,
+        "run.terms": config.terms,
+        "model.preset": _preset_name(config.model),
+        "model.max_tokens": config.conditioning.get("max_tokens"),
+        "data.name": config.data.name,
+        "data.source": config.data.source,
+        "data.licence": config.data.licence,
+        **{f"training.{name}": value for name, value in training.items()},
+        "codec.block": config.codec.block,
+        "outer.lr": config.outer.lr,
+        "outer.momentum": config.outer.momentum,
+        **{f"rounds.{name}": value for name, value in rounds.items()},
+        "verification.mode": config.verification,
+    }
+
+
+def _share(units: int, one: int) -> float:
+    """The shortest decimal fraction that becomes so many units, which is most likely what the operator wrote."""
+    exact = units / one
+    return next(short for digits in range(20) if round((short := round(exact, digits)) * one) == units)
+
+
+def _preset_name(model: Mapping[str, Any]) -> str:
+    named = (name for name, shape in PRESETS.items() if shape.to_diffusers() == dict(model))
+    return next(named, "another shape, which no preset of this version has")

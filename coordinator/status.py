@@ -1,0 +1,120 @@
+"""Where a run stands, read from its directory: whether it is served or not, and without disturbing it."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from coordinator.directory import RunDirectory
+from coordinator.rounds import RoundState
+from coordinator.serve import read_serving
+from coordinator.sqlite_store import SqliteStore
+from coordinator.units import UnitState
+from protocol import layout
+from protocol.documents import RunId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """A run at one instant. `round` is None before the run was served for the first time.
+
+    `units` counts the current round's units by state; `members` counts accepted units of the whole run by pseudonym;
+    `join` is there only while the run is served.
+    """
+
+    run: RunId
+    name: str
+    join: str | None
+    planned_rounds: int
+    checkpoint: int
+    heldout_loss: float | None
+    round: int | None
+    round_state: str | None
+    units: Mapping[str, int]
+    members: Mapping[str, int]
+    devices: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the status as a JSON object."""
+        return asdict(self)
+
+    def lines(self) -> tuple[str, ...]:
+        """Return the status as lines for a person."""
+        loss = "" if self.heldout_loss is None else f", held-out loss {self.heldout_loss:.4f}"
+        lines = [
+            f"run: {self.name} ({self.run[:12]})",
+            f"served: {self.join}" if self.join else "served: no",
+            f"checkpoint: {self.checkpoint} of {self.planned_rounds} planned{loss}",
+        ]
+        if self.round is None:
+            return (*lines, "round: none yet; the run was never served")
+        units = ", ".join(f"{count} {state}" for state, count in self.units.items())
+        lines.append(f"round: {self.round}, {self.round_state}; units: {units}")
+        lines.append(f"members: {len(self.members)} with merged or accepted units, {self.devices} devices seen")
+        most = sorted(self.members.items(), key=lambda item: (-item[1], item[0]))[:10]
+        return (*lines, *(f"  {member[:12]}: {count:,} units" for member, count in most))
+
+
+def read_status(directory: RunDirectory) -> RunStatus:
+    """Return where the run stands.
+
+    Raises:
+        DirectoryNotARun: the directory holds no run.
+        DatabaseTooNew: a newer Commonweight serves it.
+    """
+    trust = directory.trust()
+    checkpoint = _newest_checkpoint(directory)
+    current, counts, members, devices = None, {}, {}, 0
+    if directory.database.exists():
+        store = SqliteStore.open(directory.database)
+        try:
+            current = store.latest_round()
+            if current is not None:
+                counts = store.unit_counts(current.round)
+            members = store.units_by_member()
+            devices = store.device_count()
+        finally:
+            store.close()
+    return RunStatus(
+        run=trust.run,
+        name=trust.config.name,
+        join=_join(directory),
+        planned_rounds=trust.config.rounds.planned,
+        checkpoint=checkpoint,
+        heldout_loss=_heldout_loss(directory, checkpoint),
+        round=current.round if current else None,
+        round_state=_name(current.state) if current else None,
+        units={_name(state): count for state, count in counts.items()},
+        members=members,
+        devices=devices,
+    )
+
+
+def _name(state: RoundState | UnitState) -> str:
+    return state.name.lower()
+
+
+def _newest_checkpoint(directory: RunDirectory) -> int:
+    folders = (directory.public / "checkpoints").glob(f"[0-9]*/{layout.MANIFEST}")
+    return max((int(manifest.parent.name) for manifest in folders), default=0)
+
+
+def _heldout_loss(directory: RunDirectory, checkpoint: int) -> float | None:
+    try:
+        return float(json.loads((directory.public / layout.metrics_path(checkpoint)).read_bytes())["heldout_loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not measured yet
+
+
+def _join(directory: RunDirectory) -> str | None:
+    serving = read_serving(directory)
+    if serving is None:
+        return None
+    try:
+        os.kill(serving.pids["supervisor"], 0)
+    except (ProcessLookupError, KeyError):
+        return None  # left behind by a supervisor that was killed
+    except PermissionError:
+        pass  # another user's process: alive
+    return serving.join

@@ -1,0 +1,223 @@
+"""What the coordinator remembers: the `Store` interface that every database behind it is held to.
+
+The words MUST below are checked by one conformance suite (`tests/coordinator/store_conformance.py`), which every
+implementation passes. The store keeps facts and refuses impossible ones; what may happen next is decided by the
+lifecycle tables (`coordinator.units`, `coordinator.rounds`, `coordinator.owners`).
+
+    with store.transaction():
+        unit = store.next_open_unit(3)
+        ...
+        store.save_unit(unit, assigned)
+        store.add_attempt(attempt)
+"""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from coordinator.owners import Device, Owner
+from coordinator.rounds import Round
+from coordinator.units import Attempt, Outcome, Unit, UnitState
+from protocol.documents import Digest, LeaseId, UnitId
+from protocol.keys import KeyId
+
+EMPTY_LOG_HEAD: Final = bytes(32)
+"""The head of a log without entries, which the first entry hashes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogEntry:
+    """One line of the public log. `body` is canonical JSON; `head` is 32 bytes that bind everything up to this line."""
+
+    position: int
+    kind: str
+    body: bytes
+    head: bytes
+
+
+def next_head(previous: bytes, kind: str, body: bytes) -> bytes:
+    """Return the log's head after an entry: SHA-256(previous head || kind in ASCII || 0 || body)."""
+    return hashlib.sha256(previous + kind.encode("ascii") + b"\0" + body).digest()
+
+
+class Store(Protocol):
+    """Everything that must survive a crash, except files.
+
+    - A method MUST be called from one thread at a time; it need not always be the same thread.
+    - A write outside `transaction()` MUST raise `RuntimeError`, and so MUST a transaction inside another.
+    - A transaction MUST be durable when its block has ended, and leave no trace if the block or its end raises.
+    - Inside a transaction, reads MUST see its own writes. Nobody else's writes MUST come in between.
+    - What a constraint forbids MUST raise `sqlite3.IntegrityError` or the like at the latest when the transaction
+      ends: it is a mistake of ours, not a state to be handled.
+    - `save_*(before, after)` MUST write only if the row still is as `before` says, and MUST raise `StaleRow` otherwise.
+      `before` and `after` MUST name the same row (`ValueError`).
+    - A full disk MUST raise `CoordinatorDiskFull`, with the transaction undone.
+    - Looking up what is not there MUST return None or an empty tuple, never raise.
+    """
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """Return a context manager for one atomic, durable piece of work."""
+        ...
+
+    def close(self) -> None:
+        """Release files and locks; calling it again MUST be harmless."""
+        ...
+
+    def backup_to(self, path: Path) -> None:
+        """Write a consistent copy to a new file while others go on; raise `DirectoryNotEmpty` if it exists."""
+        ...
+
+    # --- owners and devices ----------------------------------------------------------------------------------
+
+    def owner(self, owner: KeyId) -> Owner | None:
+        """Return an owner."""
+        ...
+
+    def put_owner(self, owner: Owner) -> None:
+        """Store an owner, new or changed."""
+        ...
+
+    def device(self, device: KeyId) -> Device | None:
+        """Return a device."""
+        ...
+
+    def put_device(self, device: Device) -> None:
+        """Store a device, new or changed; its owner MUST be stored."""
+        ...
+
+    def device_count(self) -> int:
+        """Return how many devices the run has ever seen."""
+        ...
+
+    # --- units -----------------------------------------------------------------------------------------------
+
+    def add_units(self, units: Sequence[Unit]) -> None:
+        """Store new units. Ids and (round, index) MUST be new; their round MUST be stored by the transaction's end."""
+        ...
+
+    def unit(self, unit: UnitId) -> Unit | None:
+        """Return a unit."""
+        ...
+
+    def next_open_unit(self, round_number: int) -> Unit | None:
+        """Return the round's OPEN unit with the lowest index."""
+        ...
+
+    def save_unit(self, before: Unit, after: Unit) -> None:
+        """Store a changed unit. A chosen attempt MUST be one of this unit's whose bytes were received."""
+        ...
+
+    def units(self, round_number: int) -> tuple[Unit, ...]:
+        """Return the round's units by index."""
+        ...
+
+    def unit_counts(self, round_number: int) -> dict[UnitState, int]:
+        """Return how many of the round's units are in each state, zeros included."""
+        ...
+
+    def outcome_counts(self, round_number: int | None = None) -> dict[Outcome, int]:
+        """Return how many settled units, of one round or of all, had each outcome, zeros included."""
+        ...
+
+    def units_by_member(self, round_number: int | None = None) -> dict[str, int]:
+        """Return how many accepted units, of one round or of all, each member (pseudonym) did."""
+        ...
+
+    # --- attempts --------------------------------------------------------------------------------------------
+
+    def add_attempt(self, attempt: Attempt) -> None:
+        """Store a new LEASED attempt. A device, and a unit, MUST have at most one LEASED attempt."""
+        ...
+
+    def attempt(self, lease: LeaseId) -> Attempt | None:
+        """Return the attempt under a lease."""
+        ...
+
+    def attempt_of_claim(self, claim_sha256: Digest) -> Attempt | None:
+        """Return the attempt that made a claim; a claim's digest MUST belong to one attempt only."""
+        ...
+
+    def save_attempt(self, before: Attempt, after: Attempt) -> None:
+        """Store a changed attempt. Its state and what it holds MUST fit each other."""
+        ...
+
+    def leased_attempt(self, device: KeyId) -> Attempt | None:
+        """Return the attempt that the device trains."""
+        ...
+
+    def uploading_attempts(self, device: KeyId) -> tuple[Attempt, ...]:
+        """Return the device's CLAIMED and SKETCHED attempts, the nearest deadline first."""
+        ...
+
+    def due_attempts(self, now_ms: int) -> tuple[Attempt, ...]:
+        """Return LEASED, CLAIMED and SKETCHED attempts whose deadline is not after `now_ms`, the oldest first."""
+        ...
+
+    def attempts_of_unit(self, unit: UnitId) -> tuple[Attempt, ...]:
+        """Return the unit's attempts in the order in which they were added."""
+        ...
+
+    def mergeable(self) -> tuple[tuple[Unit, Attempt], ...]:
+        """Return accepted units that no checkpoint holds, with their chosen attempts if RECEIVED; by round, index."""
+        ...
+
+    def unjudged(self, before_round: int) -> tuple[Attempt, ...]:
+        """Return the RECEIVED and EXCUSED attempts of earlier rounds, in the order in which they were added."""
+        ...
+
+    def received_count(self, round_number: int) -> int:
+        """Return how many of the round's units have a RECEIVED attempt."""
+        ...
+
+    def add_evidence(self, lease: LeaseId, claim_envelope: bytes) -> None:
+        """Keep a second, different claim under a lease. The same bytes again, and more than
+        `limits.MAX_EVIDENCE_PER_LEASE`, MUST change nothing: evidence must not be a way to fill the disk.
+        """
+        ...
+
+    def evidence(self, lease: LeaseId) -> tuple[bytes, ...]:
+        """Return the claims that were kept as evidence, in the order of their arrival."""
+        ...
+
+    # --- rounds ----------------------------------------------------------------------------------------------
+
+    def round(self, round_number: int) -> Round | None:
+        """Return a round."""
+        ...
+
+    def latest_round(self) -> Round | None:
+        """Return the round with the highest number."""
+        ...
+
+    def add_round(self, new: Round) -> None:
+        """Store a new round. At most one round MUST be unpublished: the next one trains from what this publishes."""
+        ...
+
+    def save_round(self, before: Round, after: Round) -> None:
+        """Store a changed round."""
+        ...
+
+    # --- log and meta ----------------------------------------------------------------------------------------
+
+    def append_log(self, kind: str, body: bytes) -> LogEntry:
+        """Append to the log, whose entries MUST be numbered 1, 2, ... and MUST never change or go."""
+        ...
+
+    def log_entries(self, first: int, last: int) -> tuple[LogEntry, ...]:
+        """Return the entries from position `first` to `last`, both included."""
+        ...
+
+    def log_head(self) -> tuple[int, bytes]:
+        """Return the last position and head; (0, `EMPTY_LOG_HEAD`) for an empty log."""
+        ...
+
+    def meta(self, key: str) -> str | None:
+        """Return a stored fact about the run, such as the last persisted time."""
+        ...
+
+    def put_meta(self, key: str, value: str) -> None:
+        """Store a fact, new or changed."""
+        ...

@@ -1,0 +1,191 @@
+"""Backups: what they hold, that they are consistent while the run is written to, and that damage is found."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from commonweight.digits import write_digits
+from coordinator.backup import LIST, backup, restore
+from coordinator.blobs import DirectoryBlobs
+from coordinator.directory import RunDirectory
+from coordinator.founding import found
+from coordinator.settings import Settings
+from coordinator.sqlite_store import SqliteStore
+from coordinator.store import EMPTY_LOG_HEAD, next_head
+from protocol.canonical import sha256_hex
+from protocol.documents import Digest
+from protocol.errors import BackupDamaged, DirectoryNotARun, DirectoryNotEmpty, UsageError
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    place = tmp_path_factory.mktemp("original")
+    shards, heldout = write_digits(place / "data", Settings().conditioning(), shards=2)
+    directory = RunDirectory(place / "run")
+    found(
+        directory,
+        Settings(),
+        shards=shards,
+        heldout=heldout,
+        root_key_out=place / "root.pem",
+        seed=bytes(32),
+        now_ms=1_800_000_000_000,
+    )
+    SqliteStore.open(directory.database).close()
+    return directory
+
+
+@pytest.fixture
+def run(original: RunDirectory, tmp_path: Path) -> RunDirectory:
+    shutil.copytree(original.root, tmp_path / "run")
+    return RunDirectory(tmp_path / "run")
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def add_blob(run: RunDirectory, content: bytes) -> tuple[Path, str]:
+    run.staging.mkdir(exist_ok=True)
+    staged = run.staging / "upload"
+    staged.write_bytes(content)
+    digest = Digest(sha256_hex(content))
+    blobs = DirectoryBlobs(run.blobs)
+    blobs.add(staged, digest)
+    return blobs.path(digest), digest
+
+
+def test_a_restored_run_has_every_file_and_the_same_identity(run: RunDirectory, tmp_path: Path) -> None:
+    add_blob(run, b"a delta")
+    report = backup(run, tmp_path / "backup")
+    assert restore(tmp_path / "backup", RunDirectory(tmp_path / "restored")) == report
+    before, after = contents(run.root), contents(tmp_path / "restored")
+    assert {path for path in before.keys() ^ after.keys() if not path.startswith(("lock", "state.sqlite-"))} == set()
+    del before["state.sqlite"], after["state.sqlite"]
+    assert {path: before[path] for path in after} == after
+    assert RunDirectory(tmp_path / "restored").identity() != run.identity()  # two objects holding secrets, not equal
+    assert RunDirectory(tmp_path / "restored").identity().config_envelope == run.identity().config_envelope
+    keys = RunDirectory(tmp_path / "restored").keys
+    assert keys.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in keys.iterdir()} == {0o600}
+    assert (tmp_path / "backup").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_backup_taken_while_the_database_is_written_to_is_consistent(run: RunDirectory, tmp_path: Path) -> None:
+    stop, written = threading.Event(), threading.Event()
+
+    def write() -> None:
+        store = SqliteStore.open(run.database)
+        count = 0
+        while not stop.is_set():
+            with store.transaction():
+                store.append_log("test", b'{"n":%d}' % count)
+                store.put_meta("count", str(count := count + 1))
+            written.set()
+        store.close()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert written.wait(10)
+        for n in range(3):
+            backup(run, tmp_path / f"backup-{n}")
+    finally:
+        stop.set()
+        writer.join()
+    for n in range(3):
+        restored = RunDirectory(tmp_path / f"restored-{n}")
+        restore(tmp_path / f"backup-{n}", restored)
+        store = SqliteStore.open(restored.database)
+        position, head = store.log_head()
+        entries = store.log_entries(1, position)
+        assert position == int(store.meta("count") or 0) > 0
+        expected = EMPTY_LOG_HEAD
+        for entry in entries:
+            expected = next_head(expected, entry.kind, entry.body)
+        assert expected == head
+        store.close()
+
+
+def test_files_that_never_change_are_linked_and_stored_once(run: RunDirectory, tmp_path: Path) -> None:
+    blob, digest = add_blob(run, b"a delta")
+    public = run.public / f"deltas/{digest}.safetensors"
+    os.link(blob, public)
+    backup(run, tmp_path / "backup")
+    copies = [tmp_path / "backup" / path.relative_to(run.root) for path in (blob, public)]
+    assert {copy.stat().st_ino for copy in copies} == {blob.stat().st_ino}
+    assert (tmp_path / "backup/run.toml").stat().st_ino != run.settings_file.stat().st_ino
+    restore(tmp_path / "backup", RunDirectory(tmp_path / "restored"))
+    assert (tmp_path / "restored" / public.relative_to(run.root)).stat().st_ino != blob.stat().st_ino
+
+
+def test_work_in_progress_is_left_out(run: RunDirectory, tmp_path: Path) -> None:
+    making = run.public / "checkpoints/.making-000001"
+    unfinished = run.public / "checkpoints/000001/transformer"
+    for place in (making, unfinished, run.staging):
+        place.mkdir(parents=True)
+        (place / "half").write_bytes(b"half")
+    backup(run, tmp_path / "backup")
+    assert not list((tmp_path / "backup").rglob("half"))
+    assert (tmp_path / "backup/public/checkpoints/000000/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["public/checkpoints/000000/commonweight.json", "keys/run_secret", "run.toml", "state.sqlite"]
+)
+def test_a_changed_or_missing_file_is_found_before_anything_is_restored(
+    run: RunDirectory, tmp_path: Path, path: str
+) -> None:
+    backup(run, tmp_path / "backup")
+    file = tmp_path / "backup" / path
+    content = file.read_bytes()
+    file.unlink()
+    target = RunDirectory(tmp_path / "restored")
+    with pytest.raises(BackupDamaged, match=f"lacks the file {path}"):
+        restore(tmp_path / "backup", target)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BackupDamaged, match="was changed since the backup"):
+        restore(tmp_path / "backup", target)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "backup"}
+
+
+def test_an_unfinished_backup_is_not_restored(run: RunDirectory, tmp_path: Path) -> None:
+    backup(run, tmp_path / "backup")
+    (tmp_path / "backup" / LIST).unlink()
+    with pytest.raises(BackupDamaged, match="no finished backup"):
+        restore(tmp_path / "backup", RunDirectory(tmp_path / "restored"))
+
+
+@pytest.mark.parametrize("path", ["../outside", "/tmp/outside", "keys/../../outside", ""])
+def test_a_list_that_points_outside_is_refused(run: RunDirectory, tmp_path: Path, path: str) -> None:
+    backup(run, tmp_path / "backup")
+    listed = json.loads((tmp_path / "backup" / LIST).read_bytes())
+    listed["files"][0]["path"] = path
+    (tmp_path / "backup" / LIST).write_text(json.dumps(listed))
+    with pytest.raises(BackupDamaged, match="no path inside a run"):
+        restore(tmp_path / "backup", RunDirectory(tmp_path / "restored"))
+
+
+def test_nothing_is_overwritten(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("mine")
+    with pytest.raises(DirectoryNotEmpty):
+        backup(run, tmp_path / "full")
+    backup(run, tmp_path / "backup")
+    with pytest.raises(DirectoryNotEmpty):
+        restore(tmp_path / "backup", RunDirectory(tmp_path / "full"))
+    assert contents(tmp_path / "full") == {"mine": b"mine"}
+    (tmp_path / "empty").mkdir()
+    assert restore(tmp_path / "backup", RunDirectory(tmp_path / "empty")).run == run.identity().run
+
+
+def test_a_backup_of_no_run_or_into_the_run_is_refused(run: RunDirectory, tmp_path: Path) -> None:
+    with pytest.raises(DirectoryNotARun):
+        backup(RunDirectory(tmp_path / "missing"), tmp_path / "backup")
+    with pytest.raises(UsageError, match="inside"):
+        backup(run, run.root / "backup")
+    assert not (tmp_path / "backup").exists()
