@@ -81,7 +81,7 @@ class TrainingSettings(_Section):
 
     steps: int = Field(default=30, ge=1, le=100_000, description="Steps of one unit.")
     batch: int = Field(default=32, ge=1, le=65_536, description="Samples of one step.")
-    lr: float = Field(default=0.002, gt=0, le=10, description="Learning rate in the first round.")
+    lr: float = Field(default=0.004, gt=0, le=10, description="Learning rate in the first round.")
     lr_final_share: float = Field(
         default=0.3, gt=0, le=1, description="Share of the learning rate that is left in the last planned round."
     )
@@ -118,7 +118,7 @@ class OuterSettings(_Section):
 
     lr: float = Field(default=0.7, gt=0, le=10, description="Outer learning rate.")
     momentum: float = Field(
-        default=0.8, ge=0, lt=1, description="Outer momentum; 0.9 can overshoot in runs of few rounds."
+        default=0.6, ge=0, lt=1, description="Outer momentum; 0.9 can overshoot in runs of few rounds."
     )
 
 

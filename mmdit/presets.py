@@ -31,8 +31,8 @@ def _of_depth(depth: int) -> MMDiTConfig:
     )
 
 
-# 8 x 8 grey pictures in pixel space, 0.44 million parameters. Of the shapes of 0.3 to 0.6 million that were tried this one
-# learns to write recognisable digits in the fewest core-seconds; width serves it better than depth.
+# 8 x 8 grey pictures in pixel space, 0.44 million parameters. Of the shapes of 0.4 to 0.6 million that were tried, this
+# one learns to write recognisable digits in the fewest core-seconds; width serves it better than depth.
 _DIGITS: Final = MMDiTConfig(
     sample_size=8,
     patch_size=2,

@@ -208,6 +208,7 @@ def test_a_founding_that_fails_leaves_nothing_but_the_directory(founding: Foundi
     assert founding().run
 
 
+@pytest.mark.slow
 def test_a_killed_founding_leaves_a_whole_run_or_one_that_can_be_founded_again(tmp_path: Path) -> None:
     script = Path(__file__).with_name("kill_founding.py")
     done = subprocess.run(

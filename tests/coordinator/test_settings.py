@@ -142,7 +142,7 @@ def test_every_signed_setting_that_differs_is_named_with_both_values() -> None:
     changed = Settings.parse("", ["training.lr=0.003", "training.text_dropout=0.2", "rounds.lease_seconds=60"])
     found = [str(difference) for difference in differences(changed, config)]
     assert found == [
-        "training.lr is 0.003 in run.toml, but 0.002 in the signed run.",
+        "training.lr is 0.003 in run.toml, but 0.004 in the signed run.",
         "training.text_dropout is 0.2 in run.toml, but 0.1 in the signed run.",
         "rounds.lease_seconds is 60 in run.toml, but 300 in the signed run.",
     ]

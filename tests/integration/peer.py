@@ -2,7 +2,7 @@
 
 import hashlib
 import ssl
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,10 +177,12 @@ class Peer:
         stored: int = reply.offset
         return stored
 
-    async def upload(self, work: Work, *, offset: int = 0, data: bytes | None = None) -> bytes:
+    async def upload(
+        self, work: Work, *, offset: int = 0, data: bytes | None = None, chunk: int = UPLOAD_CHUNK_BYTES
+    ) -> bytes:
         """Upload from an offset; return the receipt's envelope."""
         raw = work.path.read_bytes()[offset:] if data is None else data
-        reply = await self.call("Upload", _requests(work.digest, offset, raw))
+        reply = await self.call("Upload", _requests(work.digest, offset, raw, chunk))
         receipt: bytes = reply.receipt_envelope
         return receipt
 
@@ -191,15 +193,10 @@ class Peer:
         return await self.upload(work)
 
 
-async def _requests(claim: bytes, offset: int, raw: bytes) -> AsyncIterator[calls.UploadRequest]:
+async def _requests(claim: bytes, offset: int, raw: bytes, chunk: int) -> AsyncIterator[calls.UploadRequest]:
     yield calls.UploadRequest(claim=claim, role="delta", offset=offset)
-    for chunk in _chunks(raw):
-        yield calls.UploadRequest(data=chunk)
-
-
-def _chunks(raw: bytes) -> Iterator[bytes]:
-    for start in range(0, len(raw), UPLOAD_CHUNK_BYTES):
-        yield raw[start : start + UPLOAD_CHUNK_BYTES]
+    for start in range(0, len(raw), chunk):
+        yield calls.UploadRequest(data=raw[start : start + chunk])
 
 
 @asynccontextmanager

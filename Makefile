@@ -1,0 +1,41 @@
+# Every task of the project, one line each. `make demo` and `make test` set up all they need.
+PYTHON ?= python3
+BIN := .venv/bin
+PACKAGES := protocol mmdit diloco verify worker coordinator commonweight
+
+.PHONY: demo test lint format bench wire docs clean
+
+demo: .venv
+	$(BIN)/commonweight demo
+
+test: .venv
+	$(BIN)/python -m pytest
+
+lint: .venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/docs
+
+format: .venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv
+	$(BIN)/python -m benchmarks
+
+wire: .venv  # regenerate the gRPC code from protocol/wire/coordinator.proto
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
+	  --mypy_out=. --mypy_grpc_out=. protocol/wire/coordinator.proto
+
+docs: .venv  # rewrite the generated parts of docs/
+	$(BIN)/python -m docs.generate
+
+.venv: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch .venv
+
+clean:
+	rm -rf .venv demo-run* demo-output* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,223 @@
+"""`commonweight coordinator`: make a run, check its settings, serve it, look at it, back it up."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from protocol.errors import DirectoryNotEmpty, UsageError
+
+if TYPE_CHECKING:
+    from coordinator.directory import RunDirectory, RunIdentity
+    from coordinator.settings import Settings
+    from protocol.documents import DataSet
+
+HELDOUT: Final = "heldout.safetensors"
+_HEX_SEED: Final = 64
+
+app = typer.Typer(
+    help="Run a coordinator: the server that hands out units and publishes checkpoints.", no_args_is_help=True
+)
+config_app = typer.Typer(help="Look at a run's settings.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
+
+
+@app.command()
+def init(
+    directory: Dir,
+    data: Annotated[
+        str, typer.Option(help=f'"digits", or a folder of shards (*.safetensors) with {HELDOUT} among them.')
+    ] = "digits",
+    shards: Annotated[int, typer.Option(min=1, help="Training shards to cut the digits into.")] = 8,
+    root_key: Annotated[
+        Path | None, typer.Option(help="Where the run's root key goes [default: beside DIR, DIR-root.pem].")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting that wins over run.toml; repeatable."),
+    ] = None,
+    seed: Annotated[
+        str | None, typer.Option(help="64 hex digits that the first weights come from [default: drawn].")
+    ] = None,
+    template_only: Annotated[bool, typer.Option("--template-only", help="Only write run.toml, to be edited.")] = False,
+) -> None:
+    """Make a run in DIR: run.toml (if there is none), keys, the signed run config, data and checkpoint 0."""
+    from coordinator.clock import WallClock
+    from coordinator.directory import RunDirectory
+    from coordinator.founding import found, write_settings
+    from coordinator.settings import Settings
+
+    run = RunDirectory(directory)
+    if run.holds_run:
+        raise DirectoryNotEmpty(f"{run.root} holds a run already; nothing was changed.")
+    overrides = settings or []
+    if run.settings_file.exists():
+        chosen = Settings.load(run.settings_file, overrides)
+    else:
+        chosen = Settings.parse("", overrides)
+    if template_only:
+        run.root.mkdir(parents=True, exist_ok=True)
+        write_settings(run, chosen)
+        typer.echo(f"{run.settings_file} is written; edit it, then: commonweight coordinator init {directory}")
+        return
+    key_file = (root_key or run.root.with_name(f"{run.root.name}-root.pem")).absolute()
+    with _shards(data, shards, chosen) as (training, heldout):
+        identity = found(
+            run,
+            chosen,
+            shards=training,
+            heldout=heldout,
+            root_key_out=key_file,
+            seed=None if seed is None else _seed(seed),
+            now_ms=WallClock().now_ms(),
+        )
+    _show_new_run(directory, run, identity, chosen, key_file)
+
+
+@config_app.command("check")
+def config_check(directory: Dir) -> None:
+    """Check run.toml, and, once the run is made, whether the signed settings are still the same."""
+    from coordinator.directory import RunDirectory
+    from coordinator.settings import Settings, describe_settings
+    from coordinator.signed import differences
+    from protocol.errors import ConfigInvalid
+
+    run = RunDirectory(directory)
+    settings = Settings.load(run.settings_file)
+    typer.echo(f"{run.settings_file}: {len(describe_settings())} settings, all valid")
+    if not run.holds_run:
+        typer.echo(f"no run yet; `commonweight coordinator init {directory}` makes one with these settings")
+        return
+    trust = run.trust()
+    found = differences(settings, trust.config)
+    if found:
+        what = "1 setting" if len(found) == 1 else f"{len(found)} settings"
+        opening = (
+            f"run.toml differs in {what} from the run config that the root key signed. "
+            "The signed one holds; only [server] and [storage] may change:"
+        )
+        raise ConfigInvalid("\n  ".join([opening, *map(str, found)]))
+    typer.echo(f"run {trust.run[:12]}: run.json says the same, and its signatures hold")
+
+
+@app.command()
+def serve(directory: Dir) -> int:
+    """Serve the run until Ctrl-C or SIGTERM."""
+    from coordinator.directory import RunDirectory
+    from coordinator.serve import serve as serve_run
+
+    return serve_run(RunDirectory(directory))
+
+
+@app.command()
+def status(
+    directory: Dir, as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False
+) -> None:
+    """Say where the run stands: round, units, members, held-out loss. Works whether it is served or not."""
+    from coordinator.directory import RunDirectory
+    from coordinator.status import read_status
+
+    now = read_status(RunDirectory(directory))
+    typer.echo(json.dumps(now.to_json(), sort_keys=True) if as_json else "\n".join(now.lines()))
+
+
+@app.command()
+def backup(
+    directory: Dir, target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new directory outside of DIR.")]
+) -> None:
+    """Copy the run to TARGET, also while it is served. TARGET holds secret keys: keep it as safe as DIR."""
+    from coordinator.backup import backup as back_up
+    from coordinator.directory import RunDirectory
+    from coordinator.forecast import show_bytes
+
+    report = back_up(RunDirectory(directory), target)
+    typer.echo(f"backed up run {report.run[:12]} to {target}: {report.files:,} files, {show_bytes(report.size)}")
+    typer.echo("it holds the coordinator's secret keys (not the root key): keep it as safe as the run itself")
+
+
+@app.command()
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="What `backup` wrote.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
+) -> None:
+    """Copy a backup to DIR, after checking every file's SHA-256."""
+    from coordinator.backup import restore as bring_back
+    from coordinator.directory import RunDirectory
+
+    report = bring_back(source, RunDirectory(directory))
+    typer.echo(f"restored run {report.run[:12]} to {directory}: {report.files:,} files, every checksum right")
+    typer.echo("serve it only if the old coordinator is gone: two of one run would contradict each other")
+
+
+def _seed(text: str) -> bytes:
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        raw = b""
+    if len(text) != _HEX_SEED or not raw:
+        raise UsageError(f"--seed is {text[:80]!r}; it must be 64 hex digits.")
+    return raw
+
+
+@contextmanager
+def _shards(data: str, count: int, settings: "Settings") -> "Iterator[tuple[list[Path], Path]]":
+    """Give the training shards and the held-out one; digits are written to a temporary folder."""
+    if data == "digits":
+        from commonweight.digits import write_digits
+
+        with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
+            yield write_digits(Path(folder), settings.conditioning(), shards=count)
+        return
+    folder_given = Path(data)
+    heldout = folder_given / HELDOUT
+    if not heldout.is_file():
+        raise UsageError(f'--data is {data!r}; it must be "digits", or a folder of shards with {HELDOUT} among them.')
+    yield sorted(path for path in folder_given.glob("*.safetensors") if path != heldout), heldout
+
+
+def _show_new_run(
+    given: Path, run: "RunDirectory", identity: "RunIdentity", settings: "Settings", key_file: Path
+) -> None:
+    from datetime import UTC, datetime
+
+    from coordinator.forecast import forecast, show_bytes
+
+    expected = forecast(identity.config, retain_rounds=settings.storage.retain_rounds)
+    free = shutil.disk_usage(run.root).free
+    until = datetime.fromtimestamp(identity.delegation.not_after_ms / 1000, UTC).date()
+    join = settings.server.join_string(identity.run)
+    lines = [
+        f'made run "{identity.config.name}" in {run.root}',
+        f"run id: {identity.run}",
+        f"data: {_show_data(identity.config.data)}",
+        *expected.lines(),
+    ]
+    if expected.disk_in_all > free:
+        lines.append(
+            f"WARNING: only {show_bytes(free)} are free in {run.root}; the run will need "
+            f"{show_bytes(expected.disk_in_all)}. Set storage.retain_rounds, or use another disk."
+        )
+    lines += [
+        "",
+        f"ROOT KEY: {key_file}",
+        "  Move this file off this machine now, to a place that is not connected, and keep a second copy. Nothing here",
+        f"  needs it until {until}, when the coordinator's key must be renewed. Who has it controls the run; without",
+        "  it the run ends then.",
+        "",
+        "next:",
+        f"  commonweight coordinator serve {given}",
+        f"  commonweight worker start --join {join or 'TOKEN     (`serve` prints the token)'}",
+    ]
+    typer.echo("\n".join(lines))
+
+
+def _show_data(data: "DataSet") -> str:
+    samples = sum(shard.samples for shard in data.shards)
+    return f"{data.name}, {samples:,} samples in {len(data.shards)} shards, {data.heldout.samples:,} held out"

@@ -1,0 +1,50 @@
+"""Finding what a person means by a path: a checkpoint, or the newest one of a run; a run's public directory."""
+
+import re
+from pathlib import Path
+
+from protocol import layout
+from protocol.errors import UsageError
+
+_NUMBER = re.compile(r"[0-9]{6,}")
+
+
+def public_directory(path: Path) -> Path:
+    """Return the public directory of a run directory, or `path` itself if it is one or a mirror of one.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    _require_directory(path)
+    for candidate in (path / "public", path):
+        if (candidate / "checkpoints").is_dir():
+            return candidate
+    raise UsageError(f"{path} is neither a run's directory nor its public directory: there are no checkpoints in it.")
+
+
+def checkpoint_directory(path: Path) -> Path:
+    """Return `path` if it is a checkpoint directory, else the newest checkpoint of the run that it is.
+
+    Raises:
+        UsageError: it is neither, or the run has no checkpoint.
+    """
+    _require_directory(path)
+    if (path / layout.MANIFEST).is_file() or (path / layout.WEIGHTS).is_file():
+        return path
+    try:
+        folder = public_directory(path) / "checkpoints"
+    except UsageError:
+        raise UsageError(f"{path} is neither a checkpoint nor a run's directory.") from None
+    published = [
+        (int(entry.name), entry)
+        for entry in folder.iterdir()
+        if _NUMBER.fullmatch(entry.name) and (entry / layout.MANIFEST).is_file()
+    ]
+    if not published:
+        raise UsageError(f"{folder} holds no published checkpoint.")
+    return max(published)[1]
+
+
+def _require_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise UsageError(f"There is no directory {path}.")

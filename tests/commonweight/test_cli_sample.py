@@ -1,0 +1,163 @@
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+from commonweight.cli.sample import sample
+from protocol import layout
+from protocol.errors import CheckpointCorrupt, CommonweightError, DeviceUnavailable, LocalProblem, UsageError
+from tests.verify.examples import publish_run
+
+app = typer.Typer()
+app.command()(sample)
+CAPTION = "a light square"
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's directory with its public/ in it."""
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("run")
+    publish_run(directory / "public")
+    return directory
+
+
+def _checkpoint(run_directory: Path, number: int) -> Path:
+    return run_directory / "public" / layout.checkpoint_directory(number)
+
+
+def _invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _refusal(*arguments: object) -> CommonweightError:
+    error = _invoke(*arguments).exception
+    assert isinstance(error, CommonweightError), error
+    return error
+
+
+def _drawn(out: Path, *arguments: object) -> npt.NDArray[np.uint8]:
+    """Draw into `out` and return its pixels [height, width]."""
+    result = _invoke(*arguments, "-o", out, "--steps", "3")
+    assert result.exit_code == 0, result.output
+    raw = out.read_bytes()
+    width, height = struct.unpack_from(">II", raw, 16)
+    (length,) = struct.unpack_from(">I", raw, 33)
+    rows = np.frombuffer(zlib.decompress(raw[41 : 41 + length]), dtype=np.uint8)
+    return rows.reshape(height, 1 + width)[:, 1:]
+
+
+def test_a_picture_comes_out_of_a_checkpoint(run_directory: Path, tmp_path: Path) -> None:
+    out = tmp_path / "light.png"
+    place = _checkpoint(run_directory, 2)
+    result = _invoke(place, CAPTION, "-o", out, "--steps", "2")
+    assert result.exit_code == 0, result.output
+    assert result.output == f"{out}: 'a light square', 1 of 4 x 4 pixels, seed 0, from {place}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["light.png"]
+
+
+def test_the_same_seed_draws_the_same_picture_and_another_seed_another(run_directory: Path, tmp_path: Path) -> None:
+    place = _checkpoint(run_directory, 2)
+    first, again, other = (
+        _drawn(tmp_path / f"{number}.png", place, CAPTION, "--seed", seed) for number, seed in enumerate((7, 7, 8))
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_the_caption_and_the_guidance_reach_the_picture(run_directory: Path, tmp_path: Path) -> None:
+    place = _checkpoint(run_directory, 2)
+    light = _drawn(tmp_path / "1.png", place, "light", "--guidance", "50", "--seed", "3")
+    dark = _drawn(tmp_path / "2.png", place, "dark", "--guidance", "50", "--seed", "3")
+    unguided = _drawn(tmp_path / "3.png", place, "light", "--guidance", "1", "--seed", "3")
+    assert not np.array_equal(light, dark)
+    assert not np.array_equal(light, unguided)
+
+
+@pytest.mark.parametrize("inside", ["", "public"])
+def test_a_run_stands_for_its_newest_checkpoint(run_directory: Path, tmp_path: Path, inside: str) -> None:
+    newest = _drawn(tmp_path / "1.png", _checkpoint(run_directory, 2), CAPTION)
+    assert np.array_equal(_drawn(tmp_path / "2.png", run_directory / inside, CAPTION), newest)
+    result = _invoke(run_directory / inside, CAPTION, "-o", tmp_path / "3.png", "--steps", "1")
+    assert result.output.rstrip().endswith("checkpoints/000002")
+
+
+def test_a_checkpoint_that_is_being_published_is_not_the_newest_yet(run_directory: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run_directory / "public", tmp_path / "public"))
+    (copy / layout.checkpoint_directory(2) / layout.MANIFEST).unlink()
+    (copy / "checkpoints" / ".making-000003").mkdir()
+    result = _invoke(copy, CAPTION, "-o", tmp_path / "1.png", "--steps", "1")
+    assert result.output.rstrip().endswith("checkpoints/000001")
+
+
+def test_several_pictures_come_side_by_side_and_the_first_is_the_single_one(
+    run_directory: Path, tmp_path: Path
+) -> None:
+    place = _checkpoint(run_directory, 2)
+    single = _drawn(tmp_path / "1.png", place, CAPTION, "--seed", "5")
+    sheet = _drawn(tmp_path / "5.png", place, CAPTION, "--seed", "5", "--count", "5")
+    assert sheet.shape == (8, 12), "two rows of three"
+    # Other batch sizes may round otherwise in the last bit, which may move a pixel by one.
+    assert np.abs(sheet[:4, :4].astype(int) - single.astype(int)).max() <= 1
+    assert not np.array_equal(sheet[:4, :4], sheet[:4, 4:8])
+    assert not sheet[4:, 8:].any(), "the place that no picture takes is black"
+
+
+def test_a_size_repeats_pixels(run_directory: Path, tmp_path: Path) -> None:
+    place = _checkpoint(run_directory, 2)
+    small = _drawn(tmp_path / "1.png", place, CAPTION)
+    large = _drawn(tmp_path / "2.png", place, CAPTION, "--size", "32")
+    assert np.array_equal(large, small.repeat(8, axis=0).repeat(8, axis=1))
+    odd = _drawn(tmp_path / "3.png", place, CAPTION, "--size", "10")
+    assert odd.shape == (10, 10)
+    assert set(np.unique(odd)) == set(np.unique(small))
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_drawn(run_directory: Path, tmp_path: Path) -> None:
+    place = _checkpoint(run_directory, 1)
+    jpeg = _refusal(place, CAPTION, "-o", tmp_path / "light.jpg")
+    assert isinstance(jpeg, UsageError)
+    assert "does not end in .png" in jpeg.message
+    nowhere = _refusal(place, CAPTION, "-o", tmp_path / "nowhere" / "light.png")
+    assert isinstance(nowhere, UsageError)
+    assert "no directory" in nowhere.message
+    (tmp_path / "folder.png").mkdir()
+    assert isinstance(_refusal(place, CAPTION, "-o", tmp_path / "folder.png", "--steps", "1"), LocalProblem)
+
+
+def test_a_directory_of_something_else_is_a_mistake_in_usage(tmp_path: Path) -> None:
+    error = _refusal(tmp_path, CAPTION, "-o", tmp_path / "light.png")
+    assert isinstance(error, UsageError)
+    assert f"{tmp_path} is neither a checkpoint nor a run's directory" in error.message
+    assert "There is no directory" in _refusal(tmp_path / "nowhere", CAPTION, "-o", tmp_path / "light.png").message
+    (tmp_path / "checkpoints").mkdir()
+    assert "holds no published checkpoint" in _refusal(tmp_path, CAPTION, "-o", tmp_path / "light.png").message
+
+
+@pytest.mark.parametrize("name", ["transformer/config.json", "commonweight.json", layout.WEIGHTS])
+def test_a_damaged_checkpoint_is_named(run_directory: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(_checkpoint(run_directory, 2), tmp_path / "copy"))
+    (copy / name).write_bytes(b"{")
+    error = _refusal(copy, CAPTION, "-o", tmp_path / "light.png")
+    assert isinstance(error, CheckpointCorrupt)
+    assert name in error.message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that must be missing here")
+def test_a_device_that_is_not_there_is_said(run_directory: Path, tmp_path: Path) -> None:
+    error = _refusal(_checkpoint(run_directory, 2), CAPTION, "-o", tmp_path / "1.png", "--device", "cuda")
+    assert isinstance(error, DeviceUnavailable)
+
+
+def test_options_out_of_range_are_mistakes_in_usage(run_directory: Path, tmp_path: Path) -> None:
+    for option in (("--steps", "0"), ("--count", "0"), ("--size", "0"), ("--guidance", "-1"), ("--device", "tpu")):
+        result = _invoke(run_directory, CAPTION, "-o", tmp_path / "1.png", *option)
+        assert result.exit_code == 2, option
+        assert option[0] in result.output

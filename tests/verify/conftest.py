@@ -1,0 +1,17 @@
+"""One torch thread, as the machine has few cores; and one published run for all tests that only read it or copy it."""
+
+import pytest
+import torch
+
+from tests.verify.examples import PublishedRun, publish_run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
+    """Never write into it; `published.copy(tmp_path / ...)` is there for that."""
+    return publish_run(tmp_path_factory.mktemp("run") / "public")

@@ -1,0 +1,290 @@
+"""The whole worker against a real server: it trains, delivers, and stops as it should."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from protocol.documents import LeaseId
+from protocol.errors import (
+    CacheTooSmall,
+    ClaimMismatch,
+    ConsentNeeded,
+    DirectoryInUse,
+    EndpointUntrusted,
+    NumericsMismatch,
+    Unreachable,
+)
+from protocol.keys import PrivateKey
+from protocol.limits import GIB
+from tests.worker.recording import Recorder, spooled, work
+from tests.worker.small_run import SmallRun
+from worker.home import WorkerHome
+from worker.progress import Event, Leased, Step
+from worker.stop import Stop, StopLevel
+
+
+def test_a_worker_trains_the_run_to_its_end_and_keeps_the_receipts(tmp_path: Path) -> None:
+    recorder, home = Recorder(), tmp_path / "home"
+
+    async def scenario() -> SmallRun:
+        async with SmallRun(tmp_path / "run", units=2) as run:
+            await work(run, home, recorder)
+            return run
+
+    run = asyncio.run(scenario())
+
+    assert len(run.received()) == 2
+    assert len({attempt.lease.unit for attempt in run.received()}) == 2
+    for name in ("connected", "ready", "lease", "downloaded", "step", "trained", "claimed", "uploaded", "verdict"):
+        assert recorder.named(name), name
+    assert recorder.names()[-1] == "finished"
+    assert recorder.named("finished")[0]["accepted"] == 2
+    assert recorder.named("verdict")[0]["checkpoint"] == 1
+    assert recorder.named("uploaded")[0]["bytes"] == len(run.received()[0].stored)
+    settled = spooled(home, "settled")
+    assert [path.name for path in settled] == sorted(attempt.claim_sha256 for attempt in run.received())
+    for directory in settled:
+        assert {path.name for path in directory.iterdir()} == {
+            "state.json", "lease.json", "claim.json", "claim-receipt.json", "bytes-receipt.json", "verdict.json"
+        }  # fmt: skip
+        assert run.trust().bytes_receipt((directory / "bytes-receipt.json").read_bytes()).claim == directory.name
+
+
+def test_a_base_checkpoint_is_fetched_once_for_all_units_of_a_round(tmp_path: Path) -> None:
+    recorder = Recorder()
+
+    async def scenario() -> list[str]:
+        async with SmallRun(tmp_path / "run", units=3) as run:
+            await work(run, tmp_path / "home", recorder)
+            return [path for path, _ in run.files.requests]
+
+    asked = asyncio.run(scenario())
+
+    assert len(asked) == len(set(asked)) == 4  # manifest, weights, two shards
+
+
+def test_a_worker_stops_after_the_units_that_were_asked_for(tmp_path: Path) -> None:
+    recorder = Recorder()
+
+    async def scenario() -> SmallRun:
+        async with SmallRun(tmp_path / "run", units=3) as run:
+            await work(run, tmp_path / "home", recorder, units=1)
+            return run
+
+    run = asyncio.run(scenario())
+
+    assert len(run.attempts) == len(run.received()) == 1
+    assert recorder.named("finished")[0]["waiting_units"] == 0
+
+
+@pytest.mark.parametrize(
+    ("when", "stop_at", "received"), [("just begun", 0.0, 0), ("mostly done", 0.5, 1)], ids=["begun", "done"]
+)
+def test_one_request_to_stop_hands_back_what_has_just_begun_and_finishes_what_is_mostly_done(
+    tmp_path: Path, when: str, stop_at: float, received: int
+) -> None:
+    async def scenario() -> tuple[SmallRun, Recorder]:
+        stop = Stop()
+
+        def ask(event: Event) -> None:
+            if isinstance(event, Step) and event.step >= stop_at * event.steps and not stop.asked.is_set():
+                stop.ask()
+
+        recorder = Recorder(ask)
+        async with SmallRun(tmp_path / "run", units=3, steps=300) as run:
+            await work(run, tmp_path / "home", recorder, stop=stop)
+            return run, recorder
+
+    run, recorder = asyncio.run(scenario())
+
+    assert len(run.received()) == received
+    assert [attempt.state for attempt in run.attempts] == (["received"] if received else ["back"])
+    assert recorder.named("stopping")
+    assert bool(recorder.named("handed_back")) is not bool(received)
+    assert recorder.names()[-1] == "finished"
+
+
+def test_an_urgent_request_to_stop_hands_the_unit_back_at_once(tmp_path: Path) -> None:
+    async def scenario() -> tuple[SmallRun, Recorder]:
+        stop = Stop()
+        recorder = Recorder(lambda event: stop.raise_to(StopLevel.NOW) if isinstance(event, Step) else None)
+        async with SmallRun(tmp_path / "run", units=1, steps=5000) as run:
+            await work(run, tmp_path / "home", recorder, stop=stop)
+            return run, recorder
+
+    run, recorder = asyncio.run(scenario())
+
+    assert [attempt.state for attempt in run.attempts] == ["back"]
+    assert recorder.named("handed_back")[0]["unit"] == run.attempts[0].lease.unit
+    assert len(recorder.named("step")) < 5
+
+
+def test_a_worker_of_other_numerics_is_told_what_to_install(tmp_path: Path) -> None:
+    recorder = Recorder()
+
+    async def scenario() -> None:
+        async with SmallRun(tmp_path / "run") as run:
+            run.numerics = 9
+            await work(run, tmp_path / "home", recorder)
+
+    with pytest.raises(NumericsMismatch, match="install version 9"):
+        asyncio.run(scenario())
+
+    assert recorder.names() == ["failed"]
+    assert recorder.named("failed")[0]["code"] == "NUMERICS_MISMATCH"
+
+
+def test_nothing_is_sent_before_the_terms_are_accepted(tmp_path: Path) -> None:
+    async def scenario() -> SmallRun:
+        async with SmallRun(tmp_path / "run") as run:
+            with pytest.raises(ConsentNeeded, match="Be kind"):
+                await work(run, tmp_path / "home", Recorder(), accept_terms=False)
+            return run
+
+    assert asyncio.run(scenario()).log == []
+
+
+def test_accepted_terms_are_remembered(tmp_path: Path) -> None:
+    async def scenario() -> SmallRun:
+        async with SmallRun(tmp_path / "run", units=2) as run:
+            await work(run, tmp_path / "home", Recorder(), units=1)
+            await work(run, tmp_path / "home", Recorder(), units=1, accept_terms=False)
+            return run
+
+    assert len(asyncio.run(scenario()).received()) == 2
+
+
+def test_a_server_of_another_run_is_not_believed(tmp_path: Path) -> None:
+    async def scenario() -> SmallRun:
+        async with SmallRun(tmp_path / "run") as run:
+            stranger = PrivateKey.generate()
+            run.root_key = stranger  # the run id in the join string stays
+            with pytest.raises(EndpointUntrusted):
+                await work(run, tmp_path / "home", Recorder())
+            return run
+
+    assert asyncio.run(scenario()).log == []
+
+
+def test_a_man_in_the_middle_with_his_own_certificate_is_not_believed(tmp_path: Path) -> None:
+    async def scenario() -> SmallRun:
+        async with SmallRun(tmp_path / "run") as run:
+            run.certificate_sha256 = "ab" * 32  # the true statement, over another TLS connection
+            with pytest.raises(EndpointUntrusted, match="certificate"):
+                await work(run, tmp_path / "home", Recorder())
+            return run
+
+    assert asyncio.run(scenario()).log == []
+
+
+def test_two_workers_with_one_home_refuse(tmp_path: Path) -> None:
+    async def scenario() -> SmallRun:
+        async with SmallRun(tmp_path / "run") as run:
+            with WorkerHome(tmp_path / "home").lock(), pytest.raises(DirectoryInUse, match="--home"):
+                await work(run, tmp_path / "home", Recorder())
+            return run
+
+    assert asyncio.run(scenario()).log == []
+
+
+def test_a_unit_beyond_the_owners_cap_is_handed_back_before_anything_large_is_fetched(tmp_path: Path) -> None:
+    async def scenario() -> SmallRun:
+        async with SmallRun(tmp_path / "run") as run:
+            with pytest.raises(CacheTooSmall, match="--cache-gib"):
+                await work(run, tmp_path / "home", Recorder(), cache_bytes=int(0.0001 * GIB))
+            return run
+
+    run = asyncio.run(scenario())
+
+    assert [attempt.state for attempt in run.attempts] == ["back"]
+    assert [path for path, _ in run.files.requests] == ["/checkpoints/000000/manifest.json"]
+
+
+def test_a_lease_with_hand_picked_shards_is_not_worked_on(tmp_path: Path) -> None:
+    async def scenario() -> tuple[SmallRun, Recorder]:
+        stop = Stop()
+        async with SmallRun(tmp_path / "run", units=1) as run:
+            true_lease = run.make_lease
+            run.make_lease = lambda device, index: replace(  # type: ignore[method-assign]
+                true_lease(device, index), shards=(run.config.data.shards[1].sha256,)
+            )
+            recorder = Recorder(lambda event: stop.ask() if event.NAME == "waiting" else None)
+            await work(run, tmp_path / "home", recorder, stop=stop)
+            return run, recorder
+
+    run, recorder = asyncio.run(scenario())
+
+    assert recorder.waits() == {"ANSWER_INVALID"}
+    assert not recorder.named("lease")
+    assert run.files.requests == []
+
+
+def test_a_unit_that_diverges_is_handed_back_and_nothing_is_claimed(tmp_path: Path) -> None:
+    async def scenario() -> tuple[SmallRun, Recorder]:
+        stop = Stop()
+        recorder = Recorder(lambda event: stop.ask() if event.NAME == "waiting" else None)
+        run = SmallRun(tmp_path / "run", units=1, steps=20)
+        run.config = replace(run.config, training=replace(run.config.training, lr=1e30))
+        run.republish_genesis()
+        async with run:
+            await work(run, tmp_path / "home", recorder, stop=stop)
+            return run, recorder
+
+    run, recorder = asyncio.run(scenario())
+
+    assert "TRAINING_DIVERGED" in recorder.waits()
+    assert recorder.named("handed_back")
+    assert "SubmitClaim" not in run.log
+
+
+def test_a_lease_whose_result_was_refused_before_is_handed_back_and_not_trained_again(tmp_path: Path) -> None:
+    async def scenario() -> tuple[SmallRun, Recorder]:
+        async with SmallRun(tmp_path / "run", units=1) as run:
+            run.errors["SubmitClaim"] = [ClaimMismatch()]
+            run.errors["HandBack"] = [ClaimMismatch()]  # so that the lease stays this device's
+            first = Recorder()
+            await work(run, tmp_path / "home", first, units=1)
+            stop = Stop()
+            second = Recorder(lambda event: stop.ask() if event.NAME == "waiting" else None)
+            await work(run, tmp_path / "home", second, stop=stop)
+            return run, second
+
+    run, recorder = asyncio.run(scenario())
+
+    assert not recorder.named("trained")
+    assert [attempt.state for attempt in run.attempts] == ["back"]
+
+
+def test_a_crashed_worker_gets_its_own_lease_again(tmp_path: Path) -> None:
+    leases: list[LeaseId] = []
+
+    async def scenario() -> SmallRun:
+        async with SmallRun(tmp_path / "run", units=1, steps=2000) as run:
+            stop = Stop()
+
+            def crash(event: Event) -> None:
+                if isinstance(event, Leased):
+                    leases.append(LeaseId(event.lease))
+                if isinstance(event, Step):
+                    run.errors["HandBack"] = [Unreachable()] * 5
+                    stop.raise_to(StopLevel.NOW)
+
+            await work(run, tmp_path / "home", Recorder(crash), stop=stop)
+            run.errors.clear()
+            again = Stop()
+
+            def note(event: Event) -> None:
+                if isinstance(event, Leased):
+                    leases.append(LeaseId(event.lease))
+                    again.ask()
+
+            await work(run, tmp_path / "home", Recorder(note), stop=again)
+            return run
+
+    run = asyncio.run(scenario())
+
+    assert len(leases) == 2
+    assert leases[0] == leases[1]
+    assert len(run.attempts) == 1

@@ -1,0 +1,214 @@
+"""Keys, consent, locks, delays, hardware, events: the small rules that a volunteer would notice."""
+
+import dataclasses
+import io
+import json
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from protocol.documents import DeviceDelegation, verify
+from protocol.errors import ConsentNeeded, DeviceUnavailable, DirectoryInUse, DiskFull, KeyUnreadable
+from protocol.limits import MAX_TEXT_CHARACTERS
+from tests.protocol.examples import run_config
+from worker import progress
+from worker.backoff import DEFAULT_BACKOFF
+from worker.consent import ensure_consent
+from worker.durable import disk_named, write_durably
+from worker.hardware import device_class, resolve_device, resolve_threads
+from worker.home import WorkerHome
+from worker.identity import load_or_make_identity, read_revocation
+from worker.progress import EVENTS, Refused, Step, Waiting
+from worker.reporters import JsonReporter, PlainReporter, TerminalReporter
+
+
+def test_keys_are_made_once_kept_private_and_found_again(tmp_path: Path) -> None:
+    directory = tmp_path / "keys"
+    first, second = load_or_make_identity(directory), load_or_make_identity(directory)
+
+    assert first.owner.public == second.owner.public
+    assert first.device.public == second.device.public
+    assert first.owner.public != first.device.public
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in directory.iterdir())
+    delegation = verify(DeviceDelegation, first.delegation_envelope, first.owner.public)
+    assert delegation.device_public_key == first.device.public.hex
+    assert read_revocation(directory, first).owner_public_key == first.owner.public.hex
+
+
+@pytest.mark.parametrize("name", ["owner.pem", "device.pem"])
+def test_a_lost_key_is_reported_and_never_replaced(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "keys"
+    load_or_make_identity(directory)
+    (directory / name).unlink()
+
+    with pytest.raises(KeyUnreadable, match=name):
+        load_or_make_identity(directory)
+    assert not (directory / name).exists()
+
+
+def test_a_crash_while_keys_are_made_leaves_no_half_identity(tmp_path: Path) -> None:
+    draft = tmp_path / "keys.new"
+    draft.mkdir()
+    (draft / "owner.pem").write_text("half")
+
+    load_or_make_identity(tmp_path / "keys")
+
+    assert not draft.exists()
+
+
+def test_changed_terms_are_asked_again_and_refusing_them_stores_nothing(tmp_path: Path) -> None:
+    config = run_config()
+    changed = dataclasses.replace(config, terms="Be kinder.")
+    asked: list[str] = []
+
+    def answer(*, yes: bool) -> "object":
+        def ask(text: str) -> bool:
+            asked.append(text)
+            return yes
+
+        return ask
+
+    path = tmp_path / "consent/run.json"
+    ensure_consent(path, config, accept_terms=False, ask=answer(yes=True))  # type: ignore[arg-type]
+    ensure_consent(path, config, accept_terms=False, ask=None)
+    with pytest.raises(ConsentNeeded):
+        ensure_consent(path, changed, accept_terms=False, ask=answer(yes=False))  # type: ignore[arg-type]
+    ensure_consent(path, config, accept_terms=False, ask=None)
+
+    assert len(asked) == 2
+    assert "Be kind." in asked[0]
+    assert config.weights_licence in asked[0]
+    assert "Be kinder." in asked[1]
+
+
+def test_a_home_is_locked_until_its_worker_is_gone(tmp_path: Path) -> None:
+    home = WorkerHome(tmp_path / "home")
+    with home.lock(), pytest.raises(DirectoryInUse), home.lock():
+        pass
+    with home.lock():
+        pass
+
+
+def test_a_write_that_finds_the_disk_full_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_durably(path, b"old")
+    (tmp_path / "file.new").symlink_to("/dev/full")
+
+    with pytest.raises(DiskFull, match=str(path)):
+        write_durably(path, b"new")
+
+    assert path.read_bytes() == b"old"
+    write_durably(path, b"newer")
+    assert path.read_bytes() == b"newer"
+
+
+def test_other_errors_are_not_called_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="can't be written") as caught, disk_named(tmp_path):
+        (tmp_path / "no" / "such").write_bytes(b"")
+    assert not isinstance(caught.value, DiskFull)
+
+
+@given(attempt=st.integers(0, 10_000), fraction=st.floats(0, 1, exclude_max=True), asked=st.integers(0, 10**9))
+def test_delays_stay_between_what_was_asked_for_and_the_bound(attempt: int, fraction: float, asked: int) -> None:
+    delay = DEFAULT_BACKOFF.delay_ms(attempt, fraction, at_least_ms=asked)
+
+    assert min(asked, 300_000) <= delay <= min(asked, 300_000) + min(300_000, 1000 * 2 ** min(attempt, 32))
+
+
+def test_the_bound_doubles_from_a_second_to_five_minutes() -> None:
+    almost_one = 1 - 2**-40
+    bounds = [round(DEFAULT_BACKOFF.delay_ms(attempt, almost_one) / 1000) for attempt in range(11)]
+
+    assert bounds == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+
+
+def test_the_device_class_is_coarse_and_names_what_computes() -> None:
+    described = device_class("cpu", 1)
+
+    assert re.fullmatch(r"cpu-[a-z0-9_]+-[a-z0-9]+-torch\d+\.\d+-t1", described)
+    assert len(described) <= MAX_TEXT_CHARACTERS
+
+
+def test_threads_are_what_was_asked_for_or_all_there_are() -> None:
+    assert resolve_threads(3) == 3
+    assert resolve_threads(None) >= 1
+
+
+def test_asking_for_a_gpu_that_is_not_there_names_the_way_out() -> None:
+    import torch
+
+    assert resolve_device("cpu") == "cpu"
+    if torch.cuda.is_available():
+        assert resolve_device("cuda") == resolve_device("auto") == "cuda"
+    else:
+        assert resolve_device("auto") == "cpu"
+        with pytest.raises(DeviceUnavailable, match="--device cpu"):
+            resolve_device("cuda")
+
+
+def test_the_worker_connects_before_it_imports_torch() -> None:
+    code = "import sys, worker.daemon; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_every_event_and_each_of_its_fields_is_documented() -> None:
+    assert progress.__doc__ is not None
+    described = {
+        name: set(re.findall(r"[a-z_]+", fields))
+        for name, fields in re.findall(r"^    ([a-z_]+) +([a-z_, ]+)$", progress.__doc__, re.MULTILINE)
+    }
+    assert described == {event.NAME: {field.name for field in dataclasses.fields(event)} for event in EVENTS}
+
+
+def test_json_lines_are_one_object_each_and_go_silent_when_nobody_listens() -> None:
+    stream = io.StringIO()
+    reporter = JsonReporter(stream)
+    reporter.report(Step(unit="u", round=1, step=2, steps=3, loss=0.5))
+    assert json.loads(stream.getvalue()) == {
+        "event": "step",
+        "unit": "u",
+        "round": 1,
+        "step": 2,
+        "steps": 3,
+        "loss": 0.5,
+    }
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    silent = JsonReporter(Gone())
+    silent.report(Waiting(reason="x", code="", seconds=1))
+    silent.report(Waiting(reason="x", code="", seconds=1))
+
+
+def test_a_strangers_sentence_cannot_command_the_terminal() -> None:
+    event = Refused(claim="c" * 64, unit="u", code="CODE", sentence="\x1b[2Jcleared\nand [red]painted[/red]")
+    plain = io.StringIO()
+    PlainReporter(plain, lambda: "12:00:00").report(event)
+    live = io.StringIO()
+    terminal = TerminalReporter(Console(file=live, width=200), lambda: "12:00:00")
+    terminal.report(event)
+    terminal.close()
+
+    assert plain.getvalue().count("\n") == 1
+    for shown in (plain.getvalue(), live.getvalue()):
+        assert "\x1b[2J" not in shown
+        assert "[red]painted[/red]" in shown
+
+
+def test_what_is_said_twice_in_a_row_is_shown_once() -> None:
+    stream = io.StringIO()
+    reporter = PlainReporter(stream, lambda: "12:00:00")
+    for seconds in (1.0, 2.0, 4.0):
+        reporter.report(Waiting(reason="the coordinator is away", code="UNREACHABLE", seconds=seconds))
+
+    assert stream.getvalue() == "12:00:00 Waiting 1 s: the coordinator is away [UNREACHABLE]\n"

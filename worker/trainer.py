@@ -1,0 +1,180 @@
+"""Training a leased unit, and what is computed from a finished delta. All of it blocks; torch is imported on first use.
+
+Everything of one process trains in one thread, so that precision and thread settings hold for it.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from protocol.documents import Artifact, Claim, ClaimReceipt, Digest, Lease, RunConfig, digest_of, sign
+from protocol.errors import AnswerInvalid, CheckpointCorrupt, DeltaTruncated, LocalProblem
+from protocol.keys import PrivateKey
+from protocol.layout import ROLE_DELTA
+
+if TYPE_CHECKING:
+    from diloco.codec import EncodedDelta
+    from diloco.determinism import PrecisionReport
+
+OnStep = Callable[[int, int, float], None]
+"""Told step (from 1), steps and loss after each step; may raise to abandon the unit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedUnit:
+    """A unit's encoded delta and what its claim says of it."""
+
+    encoded: "EncodedDelta"
+    trail_root: bytes
+    loss: float
+    samples: int
+    seconds: float
+
+
+def prepare(device: str, threads: int) -> "PrecisionReport":
+    """Import torch, check that this machine computes canonical bytes, and set the process up to train. Once.
+
+    Raises:
+        SelfTestFailed: this machine must not train.
+    """
+    from diloco.determinism import selftest, set_precision
+
+    selftest()
+    return set_precision(device, threads)
+
+
+def train_unit(
+    config: RunConfig, lease: Lease, base: Path, shards: Sequence[Path], *, device: str, on_step: OnStep
+) -> TrainedUnit:
+    """Train a unit and encode its delta.
+
+    Args:
+        base: file with the weights of the checkpoint before the unit's round.
+        shards: the unit's shard files, in the lease's order.
+
+    Raises:
+        TrainingDiverged, DeltaNotFinite: the result is of no use.
+        CheckpointCorrupt, ShardCorrupt: the files do not have the form that the run promises.
+        AnswerInvalid: the lease does not let a delta of this run's size be uploaded.
+        LocalProblem: the device has not enough memory.
+        PayloadInvalid: the run's config describes something that this version can't build.
+    """
+    import torch
+
+    from diloco.checkpoint import TensorFile
+    from diloco.codec import encode
+    from diloco.container import container_size
+    from diloco.shards import Shard, ShardSet
+    from diloco.unit import run_unit
+    from verify.replay import check_numerics, codec_config, delta_schema, model_config, unit_spec
+
+    check_numerics(config)
+    spec, schema, codec = unit_spec(config, lease), delta_schema(config), codec_config(config)
+    size = container_size(schema, codec, bytes.fromhex(lease.unit))
+    if any(limit.role == ROLE_DELTA and limit.max_bytes < size for limit in lease.artifacts):
+        raise AnswerInvalid(f"The lease allows less than the {size:,} bytes that a delta of this run has.")
+    started = time.monotonic()
+    tensors, samples = TensorFile.open(base).load(), ShardSet([Shard.open(path) for path in shards])
+    try:
+        result = run_unit(
+            spec,
+            model_config(config),
+            tensors,
+            samples,
+            device=device,
+            on_step=lambda report: on_step(report.step, report.steps, report.loss),
+        )
+    except ValueError as error:
+        raise CheckpointCorrupt(f"The base checkpoint does not fit the run's model: {error}.") from None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise LocalProblem(f"There is not enough memory on {device} for this run's units: {error}") from None
+    return TrainedUnit(
+        encoded=encode(result.delta, schema, codec, spec.seed),
+        trail_root=result.trail.root,
+        loss=result.loss_last,
+        samples=result.samples,
+        seconds=time.monotonic() - started,
+    )
+
+
+def write_delta(trained: TrainedUnit, lease: Lease, path: Path) -> None:
+    """Write the delta's container and wait until the disk has it."""
+    from diloco.container import write_container
+
+    write_container(path, trained.encoded, bytes.fromhex(lease.unit))
+
+
+def make_claim(
+    trained: TrainedUnit,
+    lease: Lease,
+    lease_sha256: Digest,
+    delta: Path,
+    *,
+    key: PrivateKey,
+    salt: bytes,
+    trainer_version: str,
+    device_class: str,
+) -> tuple[Digest, bytes]:
+    """Commit to a written delta; return the claim's digest and signed envelope.
+
+    Args:
+        lease_sha256: of the lease's payload as it was signed, which may hold members that this version does not know.
+        salt: 32 random bytes, which keep the claim's digest from being guessed before its epoch is revealed.
+    """
+    with delta.open("rb") as file:
+        blob_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    artifact = Artifact(
+        role=ROLE_DELTA,
+        content_sha256=trained.encoded.content_digest().hex(),
+        blob_sha256=blob_sha256,
+        size=delta.stat().st_size,
+    )
+    claim = Claim(
+        run=lease.run,
+        lease=lease.lease,
+        lease_sha256=lease_sha256,
+        unit=lease.unit,
+        device=lease.device,
+        artifacts=(artifact,),
+        trail_root=trained.trail_root.hex(),
+        salt=salt.hex(),
+        samples=trained.samples,
+        loss=trained.loss,
+        trainer_version=trainer_version,
+        device_class=device_class,
+    )
+    return digest_of(claim), sign(claim, key)
+
+
+def sketch_delta(config: RunConfig, claim: Claim, receipt: ClaimReceipt, path: Path) -> bytes:
+    """Return the sketch of a written delta under the seed of its claim's receipt: 1,024 little-endian fp32.
+
+    Raises:
+        BytesRefused: the file is not the delta that was claimed any more.
+    """
+    from diloco.container import Container
+    from diloco.sketch import sketch
+    from verify.replay import codec_config, delta_schema
+
+    check_size(path, claim.artifacts[0])
+    container = Container.open(path, delta_schema(config), codec_config(config), bytes.fromhex(claim.unit))
+    return sketch(container.decoded_chunks(), bytes.fromhex(receipt.sketch_seed)).astype("<f4").tobytes()
+
+
+def check_size(path: Path, artifact: Artifact) -> None:
+    """Raise `DeltaTruncated` if a file of the spool is gone or has another size than was claimed."""
+    size = path.stat().st_size if path.exists() else 0
+    if size != artifact.size:
+        raise DeltaTruncated(f"{path} has {size:,} bytes; {artifact.size:,} were claimed. The disk has lost some.")
+
+
+def file_is(path: Path, artifact: Artifact) -> bool:
+    """Return whether a file still has the bytes that were claimed."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == artifact.blob_sha256
+    except OSError:
+        return False
