@@ -9,10 +9,11 @@ import hmac
 from dataclasses import dataclass
 
 from coordinator.clock import Clock
-from coordinator.store import LogEntry, Store
+from coordinator.store import Store
 from protocol.canonical import canonical_json
 from protocol.documents import Digest, RunConfig, RunId
 from protocol.keys import PrivateKey
+from protocol.log import LogEntry
 
 NEVER_MS = 2**53 - 1
 """A deadline that never comes: the attempt is late, its unit may go to others, its bytes may still arrive."""

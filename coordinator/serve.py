@@ -23,10 +23,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from coordinator.clock import WallClock
 from coordinator.directory import RunDirectory, write_file
+from coordinator.signed import differences
 from protocol.canonical import canonical_json
-from protocol.errors import ConfigInvalid
+from protocol.errors import ConfigInvalid, DelegationInvalid
 from protocol.join import JoinString
+from protocol.limits import DAY_MS
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ READY_SECONDS: Final = 120.0
 STOP_SECONDS: Final = 20.0
 MAX_RESTARTS: Final = 5
 RESTART_WINDOW_SECONDS: Final = 600.0
+DELEGATION_WARNING_MS: Final = 60 * DAY_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,10 +193,33 @@ class Supervisor:
 
 
 def serve(directory: RunDirectory) -> int:
-    """Serve a run until asked to stop; return the exit code."""
+    """Serve a run until asked to stop; return the exit code.
+
+    Raises:
+        DirectoryInUse, DirectoryNotARun, ConfigInvalid: it can't be served as it is.
+        DelegationInvalid: the root's delegation of the coordinator key has run out; every worker would refuse it.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s serve: %(message)s")
     with directory.lock():
+        _look_over(directory)
         return Supervisor(directory).run()
+
+
+def _look_over(directory: RunDirectory) -> None:
+    """Say what an operator should know before volunteers come."""
+    identity = directory.identity()
+    left_ms = identity.delegation.not_after_ms - WallClock(0).now_ms()
+    if left_ms <= 0:
+        raise DelegationInvalid("The coordinator key's delegation by the root key has expired; workers refuse it.")
+    if left_ms < DELEGATION_WARNING_MS:
+        logger.warning("the coordinator key's delegation by the root key ends in %d days", left_ms // DAY_MS)
+    for difference in differences(directory.settings(), identity.config):
+        logger.warning(
+            "%s is %s in run.toml, but %s in the signed run config, which holds",
+            difference.name,
+            difference.in_settings,
+            difference.in_run,
+        )
 
 
 def serving_file(directory: RunDirectory) -> Path:

@@ -45,7 +45,8 @@ class ModelSettings(_Section):
     """The model that is trained."""
 
     preset: str = Field(
-        default="digits", description='Shape of the model, by name; this version has "digits" (8 x 8 grey pixels).'
+        default="digits",
+        description='Shape of the model, by name: "digits" (8 x 8 grey pixels) or "rgb32" (32 x 32 RGB pixels).',
     )
     max_tokens: int = Field(
         default=8, ge=1, le=4096, description="Text tokens that the model sees; one is 4 bytes of caption."

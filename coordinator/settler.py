@@ -40,7 +40,13 @@ def describe(config: RunConfig) -> Job:
 
 def admit(config: RunConfig, job: Job) -> Job:
     """Raise the `BytesRefused` that fits unless the file is the delta that its claim committed to."""
-    admit_delta(Path(job["path"]), config=config, unit=job["unit"], artifact=Artifact(**job["artifact"]))
+    admit_delta(
+        Path(job["path"]),
+        config=config,
+        unit=job["unit"],
+        artifact=Artifact(**job["artifact"]),
+        file_digest=job["file_digest"],
+    )
     return {}
 
 

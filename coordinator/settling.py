@@ -26,6 +26,7 @@ from protocol.canonical import canonical_json, sha256_hex
 from protocol.documents import Claim, Digest, FileEntry, LeaseId, Manifest, MergeEntry, StateEntry, parse_payload
 from protocol.envelope import parse_envelope
 from protocol.errors import Bug
+from protocol.log import log_line
 from verify.weights import Candidate, merge_weights
 
 
@@ -144,18 +145,7 @@ def log_lines(desk: Desk, round_number: int) -> bytes:
     """Return the public log's entries that a round's manifest closes, one JSON object a line."""
     last, _ = _log_end(desk, round_number)
     first = 1 + (_log_end(desk, round_number - 1)[0] if round_number > 1 else 0)
-    return b"".join(
-        canonical_json(
-            {
-                "body": entry.body.decode("utf-8"),
-                "head": entry.head.hex(),
-                "kind": entry.kind,
-                "position": entry.position,
-            }
-        )
-        + b"\n"
-        for entry in desk.store.log_entries(first, last)
-    )
+    return b"".join(log_line(entry) for entry in desk.store.log_entries(first, last))
 
 
 def _log_end(desk: Desk, round_number: int) -> tuple[int, Digest]:

@@ -7,11 +7,11 @@ from typing import Any, TypeAlias
 
 from coordinator.owners import Device, Owner, OwnerState
 from coordinator.rounds import Round, RoundState
-from coordinator.store import LogEntry
 from coordinator.units import Attempt, AttemptState, Outcome, Unit, UnitState
 from protocol.canonical import canonical_json
 from protocol.documents import Artifact, Digest, LeaseId, MergeEntry, UnitId
 from protocol.keys import KeyId
+from protocol.log import LogEntry
 
 Row: TypeAlias = dict[str, object]
 """Named parameters of a statement."""

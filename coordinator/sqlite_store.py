@@ -28,12 +28,12 @@ from coordinator.sqlite_rows import (
     unit_of,
     unit_row,
 )
-from coordinator.store import EMPTY_LOG_HEAD, LogEntry, next_head
 from coordinator.units import Attempt, Outcome, Unit, UnitState
 from protocol.documents import Digest, LeaseId, UnitId
 from protocol.errors import StaleRow
 from protocol.keys import KeyId
 from protocol.limits import MAX_EVIDENCE_PER_LEASE
+from protocol.log import EMPTY_LOG_HEAD, LogEntry, next_head
 
 T = TypeVar("T")
 

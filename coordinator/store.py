@@ -11,36 +11,17 @@ lifecycle tables (`coordinator.units`, `coordinator.rounds`, `coordinator.owners
         store.add_attempt(attempt)
 """
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 from coordinator.owners import Device, Owner
 from coordinator.rounds import Round
 from coordinator.units import Attempt, Outcome, Unit, UnitState
 from protocol.documents import Digest, LeaseId, UnitId
 from protocol.keys import KeyId
-
-EMPTY_LOG_HEAD: Final = bytes(32)
-"""The head of a log without entries, which the first entry hashes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogEntry:
-    """One line of the public log. `body` is canonical JSON; `head` is 32 bytes that bind everything up to this line."""
-
-    position: int
-    kind: str
-    body: bytes
-    head: bytes
-
-
-def next_head(previous: bytes, kind: str, body: bytes) -> bytes:
-    """Return the log's head after an entry: SHA-256(previous head || kind in ASCII || 0 || body)."""
-    return hashlib.sha256(previous + kind.encode("ascii") + b"\0" + body).digest()
+from protocol.log import LogEntry
 
 
 class Store(Protocol):
@@ -211,7 +192,7 @@ class Store(Protocol):
         ...
 
     def log_head(self) -> tuple[int, bytes]:
-        """Return the last position and head; (0, `EMPTY_LOG_HEAD`) for an empty log."""
+        """Return the last position and head; (0, `protocol.log.EMPTY_LOG_HEAD`) for an empty log."""
         ...
 
     def meta(self, key: str) -> str | None:

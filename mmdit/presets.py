@@ -49,6 +49,23 @@ _DIGITS: Final = MMDiTConfig(
     dual_attention_layers=(),
 )
 
+# 32 x 32 RGB pictures in pixel space, 32 million parameters: a run between the digits and the large models.
+_RGB32: Final = MMDiTConfig(
+    sample_size=32,
+    patch_size=2,
+    in_channels=3,
+    out_channels=3,
+    num_layers=6,
+    attention_head_dim=64,
+    num_attention_heads=6,
+    joint_attention_dim=64,
+    caption_projection_dim=384,
+    pooled_projection_dim=256,
+    pos_embed_max_size=16,
+    qk_norm="rms_norm",
+    dual_attention_layers=(),
+)
+
 PRESETS: Final[Mapping[str, MMDiTConfig]] = MappingProxyType(
     {
         "d12": _of_depth(12),
@@ -56,5 +73,6 @@ PRESETS: Final[Mapping[str, MMDiTConfig]] = MappingProxyType(
         "d18": _of_depth(18),
         "d24": _of_depth(24),
         "digits": _DIGITS,
+        "rgb32": _RGB32,
     }
 )

@@ -14,7 +14,7 @@ import grpc.aio
 
 from protocol import calls
 from protocol.convert import decoder, encode
-from protocol.errors import ERRORS_BY_CODE, Bug, CommonweightError, TryLater, Unreachable
+from protocol.errors import ERRORS_BY_CODE, Bug, CommonweightError, LocalProblem, TryLater, Unreachable
 from protocol.limits import (
     MAX_CONCURRENT_RPCS,
     MAX_METADATA_BYTES,
@@ -150,8 +150,11 @@ def stub(channel: grpc.aio.Channel, name: str) -> Any:
 
 
 def status_of(error: CommonweightError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
-    """Return gRPC status, public sentence and trailing metadata of an error. A `Bug` shows no detail."""
-    if isinstance(error, Bug):
+    """Return gRPC status, public sentence and trailing metadata of an error.
+
+    A `Bug` or a `LocalProblem` of the server is nobody else's business, and may name its files: neither shows detail.
+    """
+    if isinstance(error, (Bug, LocalProblem)):
         error = Bug()
     metadata = [(ERROR_METADATA, error.code)]
     if isinstance(error, TryLater):
@@ -159,11 +162,16 @@ def status_of(error: CommonweightError) -> tuple[grpc.StatusCode, str, tuple[tup
     return grpc.StatusCode[error.status], error.message, tuple(metadata)
 
 
+def _printable(text: str) -> str:
+    """Return the text without what could move a terminal's cursor or hide what it says, and not longer than a page."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text[:1000])
+
+
 def error_of(error: grpc.aio.AioRpcError) -> CommonweightError:
     """Return the error that the other side meant; `Unreachable` when it was the network or gRPC itself."""
     metadata: Mapping[str, Any] = dict(error.trailing_metadata() or ())
     kind = ERRORS_BY_CODE.get(str(metadata.get(ERROR_METADATA, "")))
-    details = error.details() or ""
+    details = _printable(error.details() or "")
     if kind is None:
         return Unreachable(f"The coordinator did not answer ({error.code().name}): {details[:200] or 'no details'}.")
     if issubclass(kind, TryLater):

@@ -12,7 +12,9 @@ from verify.replay import codec_config, delta_schema
 _CHUNK: Final = 1 << 20
 
 
-def admit_delta(path: Path, *, config: RunConfig, unit: str, artifact: Artifact) -> None:
+def admit_delta(
+    path: Path, *, config: RunConfig, unit: str, artifact: Artifact, file_digest: str | None = None
+) -> None:
     """Check a received delta against its claim and its run; return only if it may be merged.
 
     Checks, cheapest first: 0 the claimed size, 1 size and header implied by schema, codec and unit, 2 the digest of the
@@ -22,6 +24,7 @@ def admit_delta(path: Path, *, config: RunConfig, unit: str, artifact: Artifact)
         path: the received file; it must not change meanwhile.
         unit: the unit's id, 64 hex digits.
         artifact: what the claim committed to.
+        file_digest: the file's SHA-256 in hex, if the caller hashed every byte while it was written; else it is read.
 
     Raises:
         DeltaTruncated, DeltaOversized: the file is shorter or longer than claimed, or than the schema implies.
@@ -35,7 +38,7 @@ def admit_delta(path: Path, *, config: RunConfig, unit: str, artifact: Artifact)
         kind = DeltaTruncated if size < artifact.size else DeltaOversized
         raise kind(f"The delta has {size:,} bytes; its claim says {artifact.size:,}.")
     container = Container.open(path, delta_schema(config), codec_config(config), bytes.fromhex(unit))  # 1
-    if file_sha256(path) != artifact.blob_sha256:  # 2
+    if (file_digest or file_sha256(path)) != artifact.blob_sha256:  # 2
         raise DigestMismatch(f"The delta's bytes do not have the SHA-256 {artifact.blob_sha256[:12]} of its claim.")
     container.check_finite()  # 3
     if container.content_digest().hex() != artifact.content_sha256:  # 4

@@ -4,6 +4,7 @@ Nothing of the coordinator's is taken on trust but what it signed: units must fo
 computed again, deltas are admitted again, and each round must give the SHA-256 that its manifest says.
 """
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from protocol.errors import (
     RoundTooOld,
 )
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
+from protocol.log import read_log
 from protocol.trust import RunTrust
 from verify.admission import admit_delta, file_sha256
 from verify.checkpoint import check_file, open_run, read_limited
@@ -108,7 +110,8 @@ def rebuild(
         raise DirectoryNotEmpty(f"{out} is not empty; nothing was overwritten.")
     out.mkdir(parents=True, exist_ok=True)
     state = _genesis(public, manifests[0], trust.config)
-    for manifest in manifests[1:]:
+    for before, manifest in itertools.pairwise(manifests):
+        check_log(public, before, manifest)
         state = _rebuild_round(public, out, manifest, state, trust.config)
         shutil.rmtree(_workplace(out, manifest.checkpoint - 1), ignore_errors=True)
         if on_round is not None:
@@ -128,6 +131,29 @@ def rebuild(
         weights_sha256=_weights_sha256(manifests[-1]),
         directory=out,
     )
+
+
+def check_log(public: Path, before: Manifest, manifest: Manifest) -> None:
+    """Check that the log entries between two checkpoints lead from the one signed head to the other, if they are there.
+
+    Raises:
+        RebuildDiffers: the entries do not follow from each other, or do not end at the signed head.
+        CheckpointCorrupt: the log file can't be read.
+    """
+    path = public / layout.log_path(manifest.checkpoint)
+    if not path.exists():
+        return  # a mirror of the deltas and manifests alone: the bytes can be derived without the log
+    raw = read_limited(path)
+    position, head = before.log_position, bytes.fromhex(before.log_head)
+    try:
+        for entry in read_log(raw, position=position, head=head):
+            position, head = entry.position, entry.head
+    except PayloadInvalid as error:
+        raise RebuildDiffers(f"The log of checkpoint {manifest.checkpoint} does not hold: {error.message}") from None
+    if (position, head.hex()) != (manifest.log_position, manifest.log_head):
+        raise RebuildDiffers(
+            f"The log of checkpoint {manifest.checkpoint} ends at entry {position}; its manifest signs another end."
+        )
 
 
 def _read_history(public: Path, trust: RunTrust) -> Sequence[Manifest]:

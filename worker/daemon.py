@@ -27,10 +27,11 @@ from worker.consent import Ask, ensure_consent
 from worker.hardware import DeviceChoice, device_class, resolve_device, resolve_threads
 from worker.home import WorkerHome
 from worker.identity import Identity, load_or_make_identity
+from worker.library import Library
 from worker.lifecycle import HOLDS_DELTA
 from worker.patience import Patience
 from worker.producer import Allowance, Machine
-from worker.progress import Connected, Failed, Stopping
+from worker.progress import Connected, Event, Failed, Stopping
 from worker.reporters import Reporter
 from worker.shift import Shift
 from worker.spool import Spool
@@ -110,6 +111,7 @@ class _Daemon:
         self._patience = Patience(settings.backoff, secrets.SystemRandom().random, tally, stop)
         self._break_off = threading.Event()
         self._disk = OneThread("disk")
+        self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
         identity = await asyncio.to_thread(load_or_make_identity, self._home.keys)
@@ -140,6 +142,7 @@ class _Daemon:
         )
         spool = await self._disk.run(Spool, self._home.spool(settings.join.run))
         cache = await self._disk.run(FileCache, self._home.cache, settings.cache_bytes)
+        library = Library(cache, config, cancelled=self._break_off, tell=self._tell_from_thread)
         waiting = await self._disk.run(spool.pending)
         await self._patiently(client.open_session)
         if self._stop.asked.is_set():
@@ -163,15 +166,17 @@ class _Daemon:
             config=config,
             machine=machine,
             allowance=Allowance(units=settings.units, spooled=settings.spooled_units),
-            cache=cache,
+            library=library,
             allow_private=not public,
             spool=spool,
             disk=self._disk,
-            break_off=self._break_off,
             patience=self._patience,
             reporter=self._tally,
             stop=self._stop,
         )
+
+    def _tell_from_thread(self, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._tally.report, event)
 
     def _machine(self, identity: Identity) -> Machine:
         device, threads = resolve_device(self._settings.device), resolve_threads(self._settings.threads)

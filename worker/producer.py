@@ -16,11 +16,11 @@ from protocol.errors import (
     BytesRefused,
     DigestMismatch,
     DiskFull,
+    Refusal,
     RunFinished,
     TrainingDiverged,
     TryLater,
     UnitAbandoned,
-    WorkRefused,
 )
 from protocol.keys import PrivateKey
 from protocol.limits import LEASE_WAIT_MS
@@ -164,8 +164,8 @@ class Producer:
         try:
             async with asyncio.timeout(HAND_BACK_SECONDS):
                 await self._client.hand_back(LeaseId(grant.lease.lease))
-        except (TimeoutError, TryLater, WorkRefused):
-            return  # the lease ends by itself
+        except (TimeoutError, TryLater, Refusal):
+            return  # the lease ends by itself; and why the worker stops must not be hidden by this
 
     async def give_up(self, reason: str) -> None:
         """Hand back the unit in work, if there is one; say why."""

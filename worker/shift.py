@@ -1,20 +1,18 @@
 """The tasks of an admitted worker: prepare, produce, deliver, hear verdicts; and how they end together."""
 
 import asyncio
-import threading
 import time
 from contextlib import suppress
 from typing import Final
 
 from protocol.documents import RunConfig
 from protocol.errors import CommonweightError, RunFinished
-from worker.cache import FileCache
 from worker.client import CoordinatorClient
 from worker.delivery import Delivery
 from worker.library import Library
 from worker.patience import Patience
 from worker.producer import Allowance, Machine, Producer
-from worker.progress import Downloaded, Ready
+from worker.progress import Ready
 from worker.reporters import Reporter
 from worker.spool import Spool
 from worker.stop import Stop
@@ -36,11 +34,10 @@ class Shift:
         config: RunConfig,
         machine: Machine,
         allowance: Allowance,
-        cache: FileCache,
+        library: Library,
         allow_private: bool,
         spool: Spool,
         disk: OneThread,
-        break_off: threading.Event,
         patience: Patience,
         reporter: Reporter,
         stop: Stop,
@@ -50,11 +47,6 @@ class Shift:
         self._stop = stop
         self._training = OneThread("training")
         self._torch_ready = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def tell(event: Downloaded) -> None:
-            loop.call_soon_threadsafe(reporter.report, event)
-
         self._delivery = Delivery(
             client=client,
             spool=spool,
@@ -71,7 +63,7 @@ class Shift:
             config=config,
             machine=machine,
             allowance=allowance,
-            library=Library(cache, config, cancelled=break_off, tell=tell),
+            library=library,
             allow_private=allow_private,
             delivery=self._delivery,
             spool=spool,

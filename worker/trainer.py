@@ -66,16 +66,13 @@ def train_unit(
 
     from diloco.checkpoint import TensorFile
     from diloco.codec import encode
-    from diloco.container import container_size
     from diloco.shards import Shard, ShardSet
     from diloco.unit import run_unit
     from verify.replay import check_numerics, codec_config, delta_schema, model_config, unit_spec
 
     check_numerics(config)
-    spec, schema, codec = unit_spec(config, lease), delta_schema(config), codec_config(config)
-    size = container_size(schema, codec, bytes.fromhex(lease.unit))
-    if any(limit.role == ROLE_DELTA and limit.max_bytes < size for limit in lease.artifacts):
-        raise AnswerInvalid(f"The lease allows less than the {size:,} bytes that a delta of this run has.")
+    _check_allowed_size(config, lease)
+    spec = unit_spec(config, lease)
     started = time.monotonic()
     tensors, samples = TensorFile.open(base).load(), ShardSet([Shard.open(path) for path in shards])
     try:
@@ -92,12 +89,21 @@ def train_unit(
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise LocalProblem(f"There is not enough memory on {device} for this run's units: {error}") from None
     return TrainedUnit(
-        encoded=encode(result.delta, schema, codec, spec.seed),
+        encoded=encode(result.delta, delta_schema(config), codec_config(config), spec.seed),
         trail_root=result.trail.root,
         loss=result.loss_last,
         samples=result.samples,
         seconds=time.monotonic() - started,
     )
+
+
+def _check_allowed_size(config: RunConfig, lease: Lease) -> None:
+    from diloco.container import container_size
+    from verify.replay import codec_config, delta_schema
+
+    size = container_size(delta_schema(config), codec_config(config), bytes.fromhex(lease.unit))
+    if any(limit.role == ROLE_DELTA and limit.max_bytes < size for limit in lease.artifacts):
+        raise AnswerInvalid(f"The lease allows less than the {size:,} bytes that a delta of this run has.")
 
 
 def write_delta(trained: TrainedUnit, lease: Lease, path: Path) -> None:

@@ -76,12 +76,12 @@ def _report(run: "DemoRun", options: "DemoOptions") -> None:
         "volunteers": options.volunteers,
     }
     (options.folder / "report.json").write_text(json.dumps(outcome, indent=2) + "\n")
+    target = f"target {100 * report.TARGET:.0f} %"
     for line in (
         f"checkpoint:    {run.checkpoint}",
         f"digits drawn:  {sheet}",
         f"held-out loss: {plot}",
-        f"score:         {100 * score.share:.1f} % of {score.generated} generated digits are recognised as what the "
-        + f"caption asked for (target {100 * report.TARGET:.0f} %)",
+        f"score:         {100 * score.share:.1f} % of {score.generated} generated digits are recognised ({target})",
         f"               the classifier recognises {100 * score.classifier_accuracy:.1f} % of the real held-out digits",
         f"check it:      commonweight checkpoint rebuild {run.directory.root}",
     ):

@@ -27,7 +27,6 @@ app = typer.Typer(
 )
 app.add_typer(coordinator.app, name="coordinator")
 app.add_typer(worker.app, name="worker")
-app.add_typer(worker.app, name="worker")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(sample.sample)
 app.command()(demo.demo)

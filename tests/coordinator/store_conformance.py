@@ -14,7 +14,7 @@ from coordinator.owners import AuditPassed
 from coordinator.owners import advance as advance_owner
 from coordinator.rounds import Closed, MergeStarted, Published, Round
 from coordinator.rounds import advance as advance_round
-from coordinator.store import EMPTY_LOG_HEAD, LogEntry, Store, next_head
+from coordinator.store import Store
 from coordinator.units import (
     Attempt,
     Excused,
@@ -33,6 +33,7 @@ from protocol.documents import Digest, LeaseId, UnitId
 from protocol.errors import DirectoryNotEmpty, StaleRow
 from protocol.keys import KeyId
 from protocol.limits import MAX_EVIDENCE_PER_LEASE
+from protocol.log import EMPTY_LOG_HEAD, LogEntry, next_head
 from tests.coordinator import examples
 
 NOBODY = KeyId("0" * 64)

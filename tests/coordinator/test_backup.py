@@ -15,10 +15,10 @@ from coordinator.directory import RunDirectory
 from coordinator.founding import found
 from coordinator.settings import Settings
 from coordinator.sqlite_store import SqliteStore
-from coordinator.store import EMPTY_LOG_HEAD, next_head
 from protocol.canonical import sha256_hex
 from protocol.documents import Digest
 from protocol.errors import BackupDamaged, DirectoryNotARun, DirectoryNotEmpty, UsageError
+from protocol.log import EMPTY_LOG_HEAD, next_head
 
 
 @pytest.fixture(scope="module")

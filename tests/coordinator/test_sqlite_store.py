@@ -12,9 +12,10 @@ import pytest
 
 from coordinator.sql_files import MIGRATIONS, parse_queries, read_sql
 from coordinator.sqlite_store import SqliteStore
-from coordinator.store import EMPTY_LOG_HEAD, Store, next_head
+from coordinator.store import Store
 from coordinator.units import Judged, UnitAccepted, advance
 from protocol.errors import DatabaseTooNew, DirectoryInUse, DirectoryNotARun
+from protocol.log import EMPTY_LOG_HEAD, next_head
 from tests.coordinator import examples
 from tests.coordinator.store_conformance import StoreConformance, deliver, fill, lease, save
 

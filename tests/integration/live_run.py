@@ -59,11 +59,13 @@ def until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "the 
 class LiveRun:
     """A run's directory and the processes that serve it."""
 
-    def __init__(self, folder: Path, settings: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, settings: Sequence[str] = (), *, data: Path | None = None) -> None:
         self.folder = folder
         self.directory = RunDirectory(folder / "run")
         ports = (f"server.port={free_port()}", f"server.public_port={free_port()}")
         arguments = ["coordinator", "init", str(self.directory.root), "--root-key", str(folder / "root.pem")]
+        if data is not None:
+            arguments += ["--data", str(data)]
         for setting in (*SMALL, *ports, "server.bind=127.0.0.1", "server.advertised_host=127.0.0.1", *settings):
             arguments += ["--set", setting]
         done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, check=False)

@@ -190,7 +190,7 @@ class Peer:
         """Claim, sketch, upload."""
         receipt = await self.submit(work)
         await self.sketch(work, receipt)
-        return await self.upload(work)
+        return await self.upload(work, offset=await self.offset(work))
 
 
 async def _requests(claim: bytes, offset: int, raw: bytes, chunk: int) -> AsyncIterator[calls.UploadRequest]:

@@ -148,6 +148,7 @@ async def stubborn(run: LiveRun, folder: Path, name: str, works: dict[str, Work]
                     if pending is None:
                         lease = await peer.lease(wait_ms=500)
                         pending = peer.work(lease, folder / f"{name}-{lease.lease}")
+                    await asyncio.sleep(0.5)  # so that the kills, not the deliveries, decide how long it takes
                     await peer.deliver(pending)
                     works[pending.digest.hex()] = pending
                     pending = None
@@ -162,7 +163,7 @@ async def stubborn(run: LiveRun, folder: Path, name: str, works: dict[str, Work]
 
 @pytest.mark.slow
 def test_killed_again_and_again_at_random_moments_it_ends_with_every_receipted_delta_merged_once(folder: Path) -> None:
-    rounds = 4
+    rounds = 6
     settings = ("rounds.units=3", "rounds.min_units=3", f"rounds.planned={rounds}", "rounds.staleness_bound=3")
     chance = random.Random(20261123)
     with LiveRun(folder, settings) as run:
@@ -173,8 +174,8 @@ def test_killed_again_and_again_at_random_moments_it_ends_with_every_receipted_d
             peers = [asyncio.create_task(stubborn(run, folder, f"peer{n}", works, rounds)) for n in range(2)]
             kills = 0
             while not run.published(rounds):
-                await asyncio.sleep(chance.uniform(0.2, 1.5))
-                if kills < 8 and run.serving is not None:
+                await asyncio.sleep(chance.uniform(0.1, 1.0))
+                if kills < 6 and run.serving is not None:
                     victim = chance.choice(["supervisor", "control_process", "settler"])
                     if victim == "supervisor":
                         await asyncio.to_thread(run.kill_all)

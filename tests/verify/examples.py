@@ -42,6 +42,7 @@ from protocol.documents import (
 )
 from protocol.envelope import parse_envelope
 from protocol.keys import PrivateKey
+from protocol.log import EMPTY_LOG_HEAD, LogEntry, log_line, next_head
 from verify.admission import file_sha256
 from verify.replay import codec_config, delta_schema, outer_config, replay_unit, unit_samples
 from verify.weights import Candidate, merge_weights
@@ -299,5 +300,17 @@ def _manifest(run: PublishedRun, number: int, merged: tuple[MergeEntry, ...]) ->
         ),
         state=tuple(StateEntry(role=roles[path], path=path) for path in paths if path in roles),
         log_position=number,
-        log_head="00" * 32,
+        log_head=_write_log(run, number),
     )
+
+
+def _write_log(run: PublishedRun, number: int) -> str:
+    """Write a log of one entry for each checkpoint but the first; return its head."""
+    head = EMPTY_LOG_HEAD
+    for position in range(1, number + 1):
+        body = b'{"round":%d}' % position
+        head = next_head(head, "closed", body)
+        path = run.public / layout.log_path(position)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(log_line(LogEntry(position=position, kind="closed", body=body, head=head)))
+    return head.hex()

@@ -276,3 +276,22 @@ def test_a_run_that_does_not_start_from_rest_is_found(mirror: PublishedRun, tmp_
         ),
     )
     _refused(mirror, tmp_path, RebuildDiffers, "starts with a momentum")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw.replace(b"round", b"raund"),
+        lambda raw: b"",
+        lambda raw: raw + raw,
+        lambda raw: b"{}",
+        lambda raw: b"\xff",
+    ],
+)
+def test_a_log_that_does_not_lead_to_the_signed_head_is_found(
+    mirror: PublishedRun, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    path = mirror.public / layout.log_path(2)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RebuildDiffers, match="log of checkpoint 2"):
+        rebuild(mirror.public, tmp_path / "out")

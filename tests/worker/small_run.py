@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,11 +15,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from diloco.checkpoint import write_checkpoint
 from diloco.container import Container, container_size
-from diloco.genesis import initial_state
-from diloco.shards import ShardInfo, write_shard
-from mmdit.presets import PRESETS
 from protocol import calls
 from protocol.assignment import unit_id, unit_seed, unit_shards
 from protocol.canonical import sha256_hex
@@ -32,14 +28,10 @@ from protocol.documents import (
     Delegation,
     DeviceDelegation,
     Endpoint,
-    FileEntry,
     Lease,
-    Manifest,
-    RunConfig,
     RunId,
     SessionProof,
     ShardRef,
-    StateEntry,
     Verdict,
     digest_of,
     parse_payload,
@@ -60,42 +52,19 @@ from protocol.errors import (
 )
 from protocol.join import JoinString
 from protocol.keys import PrivateKey, PublicKey
-from protocol.layout import ROLE_WEIGHTS, WEIGHTS, checkpoint_directory, shard_path
+from protocol.layout import shard_path
 from protocol.service import SERVER_OPTIONS, SESSION_METADATA, service_handler, status_of
 from protocol.trust import RunTrust
-from tests.protocol.examples import run_config
 from tests.worker.certificates import self_signed
 from tests.worker.files_server import FilesServer, serving
-from verify.replay import codec_config, delta_schema, model_config
+from tests.worker.small_config import publish_genesis, small_config, small_shard
+from verify.replay import codec_config, delta_schema
 
 HOUR_MS = 3_600_000
 
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def small_config(shards: tuple[ShardRef, ...], *, units: int, steps: int) -> RunConfig:
-    example = run_config(units=units, planned=1, shards_per_unit=1)
-    model = replace(PRESETS["digits"], num_layers=2)
-    return replace(
-        example,
-        model=model.to_diffusers(),
-        conditioning={"kind": "byte-patch", "max_tokens": 8, "token_dim": 64, "pooled_dim": 64},
-        space={"kind": "pixel", "channels": 1, "height": 8, "width": 8, "shift": -1.0, "scale": 2.0},
-        data=replace(example.data, shards=shards, heldout=shards[0]),
-        training=replace(example.training, steps=steps, batch=4, warmup_steps=0, segment_steps=10),
-    )
-
-
-def small_shard(seed: int) -> bytes:
-    draw = np.random.default_rng(seed)
-    return write_shard(
-        draw.standard_normal((6, 1, 8, 8)).astype(np.float16),
-        [draw.standard_normal((3, 64)).astype(np.float16) for _ in range(6)],
-        draw.standard_normal((6, 64)).astype(np.float16),
-        ShardInfo(licence="CC0-1.0", source="random numbers"),
-    )
 
 
 @dataclass
@@ -123,7 +92,7 @@ class SmallRun:
         self.config = small_config(refs, units=units, steps=steps)
         for ref, raw in zip(refs, raw_shards, strict=True):
             self._publish(shard_path(ref.sha256), raw)
-        self._publish_genesis()
+        self.republish_genesis()
         self.key_pem, self.certificate_pem, self.certificate_sha256 = self_signed()
         self.attempts: list[Attempt] = []
         self.tokens: dict[bytes, str] = {}
@@ -181,37 +150,15 @@ class SmallRun:
     def received(self) -> list[Attempt]:
         return [attempt for attempt in self.attempts if attempt.bytes_receipt]
 
-    # --- files ---------------------------------------------------------------------------------------------------
-
     def _publish(self, path: str, content: bytes) -> None:
         target = self.public / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
 
     def republish_genesis(self) -> None:
-        """After a change of the config."""
-        self._publish_genesis()
-
-    def _publish_genesis(self) -> None:
-        weights = self.public / checkpoint_directory(0) / WEIGHTS
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        digest = write_checkpoint(weights, initial_state(model_config(self.config), bytes(32)))
-        self.base_sha256 = digest.sha256.hex()
-        self.manifest = Manifest(
-            run=self.run,
-            config_sha256=digest_of(self.config),
-            checkpoint=0,
-            previous_manifest_sha256=None,
-            outer=self.config.outer,
-            merged=(),
-            files=(FileEntry(path=WEIGHTS, sha256=self.base_sha256, size=digest.size),),
-            state=(StateEntry(role=ROLE_WEIGHTS, path=WEIGHTS),),
-            log_position=0,
-            log_head="00" * 32,
-        )
-        self._publish(f"{checkpoint_directory(0)}/manifest.json", sign(self.manifest, self.key))
-
-    # --- documents -----------------------------------------------------------------------------------------------
+        """Once at the start, and after a change of the config."""
+        self.manifest = publish_genesis(self.public, self.run, self.config, self.key)
+        self.base_sha256 = self.manifest.files[0].sha256
 
     def _delegation(self) -> bytes:
         return sign(
