@@ -1,6 +1,7 @@
 """What a device says of its work: the claim, the sketch, the bytes; and what it gets for each."""
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.desk import Desk
@@ -11,14 +12,18 @@ from coordinator.units import (
     AttemptState,
     Claimed,
     Judged,
+    OfferToUnit,
     Outcome,
+    PublishVerdict,
     Received,
+    ReleaseUnit,
     Sketched,
     Unit,
     UnitAccepted,
     UnitState,
     advance,
 )
+from coordinator.units import Instruction as Instruct
 from protocol.calls import Instruction
 from protocol.canonical import sha256_hex
 from protocol.documents import (
@@ -213,16 +218,33 @@ def record_received(desk: Desk, lease: LeaseId) -> bytes:
         ),
         desk.key,
     )
-    received, _ = advance(attempt, Received(receipt=receipt))
+    received, instructions = advance(attempt, Received(receipt=receipt))
     store.save_attempt(attempt, received)
-    unit = store.unit(attempt.unit)
-    assert unit is not None
-    if unit.state is not UnitState.SETTLED:
-        accepted, _ = advance(unit, UnitAccepted(lease=attempt.lease))
-        store.save_unit(unit, accepted)
-    else:
-        judge(desk, received, unused_verdict(desk, received, unit))
+    _carry_out(desk, received, instructions)
     return receipt
+
+
+def _carry_out(desk: Desk, attempt: Attempt, instructions: Sequence[Instruct]) -> None:
+    """Do what the attempt's lifecycle says must follow."""
+    for instruction in instructions:
+        match instruction:
+            case OfferToUnit():
+                _offer(desk, attempt)
+            case ReleaseUnit():
+                release_unit(desk, instruction.unit)
+            case PublishVerdict():
+                _log_verdict(desk, instruction.verdict_envelope)
+
+
+def _offer(desk: Desk, attempt: Attempt) -> None:
+    """Settle the unit with this attempt; judge the attempt at once if no merge will need it."""
+    unit = desk.store.unit(attempt.unit)
+    assert unit is not None
+    if unit.state is UnitState.SETTLED:
+        judge(desk, attempt, unused_verdict(desk, attempt, unit))
+        return
+    accepted, _ = advance(unit, UnitAccepted(lease=attempt.lease))
+    desk.store.save_unit(unit, accepted)
 
 
 def record_refused(desk: Desk, lease: LeaseId, refusal: Refusal) -> None:
@@ -232,7 +254,6 @@ def record_refused(desk: Desk, lease: LeaseId, refusal: Refusal) -> None:
     if attempt.state is not AttemptState.SKETCHED:
         return
     judge(desk, attempt, _verdict(desk, attempt, "rejected", refusal.code, refusal.message, 0, None))
-    release_unit(desk, attempt.unit)
 
 
 def _verdict(
@@ -254,10 +275,10 @@ def _verdict(
 
 def unused_verdict(desk: Desk, attempt: Attempt, unit: Unit) -> Verdict:
     """The verdict on good work that no merge needs: another attempt came first, or the round had moved on."""
-    if unit.outcome is Outcome.ACCEPTED:
+    if unit.outcome is Outcome.ACCEPTED and unit.chosen != attempt.lease:
         sentence = "Another volunteer's result for this unit had arrived first; yours is kept as a replica."
         return _verdict(desk, attempt, "accepted", "REPLICA", sentence, 0, None)
-    sentence = "The unit's round had closed without it, too long ago to merge it now."
+    sentence = "The unit's round had closed without it, and no later round can merge it any more."
     return _verdict(desk, attempt, "accepted", "TOO_LATE", sentence, 0, None)
 
 
@@ -275,9 +296,14 @@ def stale_verdict(desk: Desk, attempt: Attempt) -> Verdict:
 
 
 def judge(desk: Desk, attempt: Attempt, verdict: Verdict) -> None:
-    """Sign, log and store a verdict."""
-    judged, _ = advance(attempt, Judged(verdict_envelope=sign(verdict, desk.key)))
+    """Sign, store and log a verdict, and do what follows from it."""
+    judged, instructions = advance(attempt, Judged(verdict_envelope=sign(verdict, desk.key)))
     desk.store.save_attempt(attempt, judged)
+    _carry_out(desk, judged, instructions)
+
+
+def _log_verdict(desk: Desk, envelope: bytes) -> None:
+    verdict = verify(Verdict, envelope, desk.key.public)
     desk.log(
         "verdict",
         {

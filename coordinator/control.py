@@ -31,6 +31,7 @@ from protocol.errors import (
     CommonweightError,
     DeltaTruncated,
     DigestMismatch,
+    HistoryDiffers,
     Refusal,
     UploadInProgress,
 )
@@ -58,6 +59,7 @@ class Control:
         publisher: Publisher,
         settler: SettlerClient,
         heldout: Path,
+        retain_rounds: int,
         writer: ThreadPoolExecutor,
     ) -> None:
         self._desk = desk
@@ -66,6 +68,7 @@ class Control:
         self._publisher = publisher
         self._settler = settler
         self._heldout = heldout
+        self._retain_rounds = retain_rounds
         self._writer = writer
         self._clock_floor_ms = 0
         self._uploading: set[tuple[str, str]] = set()
@@ -290,6 +293,9 @@ class Control:
         if published is None:
             published = await self._merge_and_publish(merging)
         else:
+            if published.manifest.merged != merging.merge:
+                # Nobody may see two checkpoints under one number, not even after an old backup was restored.
+                raise HistoryDiffers(f"Checkpoint {number} was published with other deltas than the database names.")
             await asyncio.to_thread(self._publisher.point_to, number)
         weights = published.manifest.file(layout.WEIGHTS)
         sha256 = published.sha256
@@ -299,7 +305,17 @@ class Control:
             )
         )
         logger.info("checkpoint %d published", number, extra={"action": "published"})
+        tail = await self.decide(lambda desk: settling.log_tail(desk, number))
+        await asyncio.to_thread(self._publisher.add_log_tail, tail)
+        await asyncio.to_thread(self._prune, number)
         self._start(self._measure(number))
+
+    def _prune(self, newest: int) -> None:
+        """Keep the deltas of the newest `retain_rounds` rounds (0: of all); older ones are digests in manifests."""
+        old = newest - self._retain_rounds
+        if self._retain_rounds and old > 0:
+            for entry in self._publisher.prune(old):
+                self._blobs.remove(Digest(entry.blob_sha256))
 
     async def _merge_and_publish(self, merging: Round) -> PublishedManifest:
         number = merging.round

@@ -92,6 +92,7 @@ async def _build(wiring: Wiring, settler: SettlerClient, writer: ThreadPoolExecu
         publisher=Publisher(wiring.directory.public, identity.coordinator),
         settler=settler,
         heldout=wiring.directory.public / layout.shard_path(identity.config.data.heldout.sha256),
+        retain_rounds=settings.storage.retain_rounds,
         writer=writer,
     )
     sessions = Sessions(

@@ -15,9 +15,6 @@ from protocol.documents import Digest, RunConfig, RunId
 from protocol.keys import PrivateKey
 from protocol.log import LogEntry
 
-NEVER_MS = 2**53 - 1
-"""A deadline that never comes: the attempt is late, its unit may go to others, its bytes may still arrive."""
-
 CLOCK_KEY = "clock_ms"
 
 

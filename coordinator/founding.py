@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -45,7 +46,7 @@ from protocol.documents import (
     digest_of,
     sign,
 )
-from protocol.errors import ConfigInvalid, DirectoryNotEmpty, KeyUnreadable, ShardCorrupt
+from protocol.errors import ConfigInvalid, DelegationInvalid, DirectoryNotEmpty, KeyUnreadable, ShardCorrupt
 from protocol.keys import PrivateKey
 from protocol.limits import DELEGATION_MS, MAX_SHARD_BYTES
 
@@ -219,6 +220,25 @@ def _build(
     (checkpoint / layout.MANIFEST).write_bytes(manifest)
     (public / layout.LATEST).write_bytes(manifest)
     return envelope
+
+
+def renew(directory: RunDirectory, root_key: PrivateKey, *, now_ms: int) -> Delegation:
+    """Delegate the run's coordinator key anew with the root key; return what was signed.
+
+    Volunteers see it with their next connection; checkpoints from then on carry it.
+
+    Raises:
+        DirectoryNotARun, KeyUnreadable: there is no run here, or its keys are damaged.
+        DelegationInvalid: the key is not this run's root key.
+    """
+    identity = directory.identity()
+    if str(root_key.public.key_id) != identity.run:
+        raise DelegationInvalid(
+            f"That key is {root_key.public.key_id[:12]}; the root key of this run is {identity.run[:12]}."
+        )
+    delegation = replace(identity.delegation, not_after_ms=now_ms + DELEGATION_MS)
+    write_file(directory.public / layout.DELEGATION, sign(delegation, root_key))
+    return delegation
 
 
 def _write_keys(keys: Path, coordinator: PrivateKey, now_ms: int) -> None:

@@ -4,20 +4,24 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from coordinator.desk import NEVER_MS, Desk
+from coordinator.desk import Desk
 from coordinator.owners import Device, Owner, OwnerState
 from coordinator.rounds import Round, RoundState
 from coordinator.sessions import Proven, Session
 from coordinator.units import (
+    NEVER_MS,
     Attempt,
     AttemptState,
     Expired,
     HandedBack,
+    ReleaseUnit,
     Unit,
     UnitAssigned,
     UnitReleased,
     UnitState,
     advance,
+    is_at_work,
+    needs_release,
 )
 from protocol.assignment import unit_id, unit_seed, unit_shards
 from protocol.canonical import sha256_hex
@@ -121,7 +125,7 @@ def lease_unit(
             # A worker that crashed gets its unit back instead of waiting for its own lease to end.
             return _answer(held, now)
         _end_lease(desk, held, Expired())
-    uploading = [attempt for attempt in store.uploading_attempts(session.device) if _in_time(attempt, now)]
+    uploading = [attempt for attempt in store.uploading_attempts(session.device) if is_at_work(attempt, now)]
     if len(uploading) > UPLOADING_PER_DEVICE:
         return NoWork(reason="earlier units must be uploaded first", retry_after_ms=2 * SECOND_MS)
     current = store.latest_round()
@@ -199,9 +203,11 @@ def hand_back(desk: Desk, session: Session, lease: str) -> None:
 
 
 def _end_lease(desk: Desk, attempt: Attempt, event: Expired | HandedBack) -> None:
-    ended, _ = advance(attempt, event)
+    ended, instructions = advance(attempt, event)
     desk.store.save_attempt(attempt, ended)
-    release_unit(desk, attempt.unit)
+    for instruction in instructions:
+        if isinstance(instruction, ReleaseUnit):
+            release_unit(desk, instruction.unit)
 
 
 def release_unit(desk: Desk, unit_name: UnitId) -> None:
@@ -209,19 +215,11 @@ def release_unit(desk: Desk, unit_name: UnitId) -> None:
 
     A unit of a closed round is not leased again, but late work for it may still settle it until the staleness bound.
     """
-    store, now = desk.store, desk.clock.now_ms()
-    unit = store.unit(unit_name)
-    if unit is None or unit.state is not UnitState.ASSIGNED:
-        return
-    working = {AttemptState.LEASED, AttemptState.CLAIMED, AttemptState.SKETCHED}
-    if any(other.state in working and _in_time(other, now) for other in store.attempts_of_unit(unit.unit)):
-        return
-    released, _ = advance(unit, UnitReleased())
-    store.save_unit(unit, released)
-
-
-def _in_time(attempt: Attempt, now_ms: int) -> bool:
-    return now_ms < attempt.deadline_ms < NEVER_MS
+    unit = desk.store.unit(unit_name)
+    assert unit is not None  # an attempt names it
+    if needs_release(unit, desk.store.attempts_of_unit(unit.unit), desk.clock.now_ms()):
+        released, _ = advance(unit, UnitReleased())
+        desk.store.save_unit(unit, released)
 
 
 def expire_due(desk: Desk) -> int:

@@ -16,6 +16,8 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from protocol import layout
+
 _FOR_EVER = "public, max-age=31536000, immutable"
 _NAMED_BY_CONTENT = ("checkpoints/", "shards/", "deltas/", "log/")
 
@@ -28,7 +30,7 @@ class PublicFiles(StaticFiles):
         if any(part.startswith(".") for part in path.split("/") if part != "."):
             raise HTTPException(404)
         response = await super().get_response(path, scope)
-        if path.startswith(_NAMED_BY_CONTENT):
+        if path.startswith(_NAMED_BY_CONTENT) and path != layout.LOG_TAIL:
             response.headers["cache-control"] = _FOR_EVER
         else:
             response.headers["cache-control"] = "no-cache"

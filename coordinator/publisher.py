@@ -90,6 +90,18 @@ class Publisher:
         path.parent.mkdir(exist_ok=True)
         write_file(path, lines)
 
+    def add_log_tail(self, lines: bytes) -> None:
+        """Write the log entries after the newest manifest."""
+        write_file(self._public / layout.LOG_TAIL, lines)
+
+    def prune(self, checkpoint: int) -> tuple[MergeEntry, ...]:
+        """Take the deltas of a checkpoint out of the public directory; return them. Its manifest keeps the digests."""
+        listed = self.published(checkpoint)
+        merged = () if listed is None else listed.manifest.merged
+        for entry in merged:
+            (self._public / layout.delta_path(entry.blob_sha256)).unlink(missing_ok=True)
+        return merged
+
     def publish(self, place: Path, manifest: Manifest) -> PublishedManifest:
         """Move a complete workplace to its public name, then the signed manifest: from that instant it is published."""
         final = self.directory(manifest.checkpoint)

@@ -14,10 +14,10 @@ from protocol.join import JoinString
 from protocol.limits import MAX_TEXT_CHARACTERS
 
 DEFAULT_TERMS: Final = """\
-You lend this run your computer's time. What your computer sends (weight deltas, signed claims) becomes part of a
-public record under a pseudonym, together with a coarse description of the device; your address and your computer's
-name do not. What was merged stays merged when you leave. The trained weights are published for everybody under the
-licence below. There is no warranty and no pay, and you may stop at any time."""
+You lend this run your computer's time. The weight deltas that your computer sends, and what became of them, are part of
+a public record under a pseudonym; your address and your computer's name are not. What was merged stays merged when you
+leave. The trained weights are published for everybody under the licence below. There is no warranty and no pay, and you
+may stop at any time."""
 
 
 class _Section(BaseModel):

@@ -148,6 +148,12 @@ def log_lines(desk: Desk, round_number: int) -> bytes:
     return b"".join(log_line(entry) for entry in desk.store.log_entries(first, last))
 
 
+def log_tail(desk: Desk, round_number: int) -> bytes:
+    """Return the log's entries after the manifest of a round, one JSON object a line."""
+    first, (last, _) = _log_end(desk, round_number)[0] + 1, desk.store.log_head()
+    return b"".join(log_line(entry) for entry in desk.store.log_entries(first, last))
+
+
 def _log_end(desk: Desk, round_number: int) -> tuple[int, Digest]:
     text = desk.store.meta(_log_key(round_number))
     if text is None:
@@ -170,14 +176,18 @@ def record_published(desk: Desk, round_number: int, *, manifest_sha256: Digest, 
     desk.log("published", {"checkpoint": round_number, "manifest_sha256": manifest_sha256})
     for entry in merging.merge:
         _record_merged(desk, entry, round_number)
-    _end_old_round(desk, round_number - desk.config.rounds.staleness_bound)
+    oldest = round_number - desk.config.rounds.staleness_bound
+    # After the last round there is no later one that could merge what is still on its way.
+    newest = round_number if round_number >= desk.config.rounds.planned else oldest
+    for number in range(oldest, newest + 1):
+        _end_round(desk, number)
     desk.log("epoch-revealed", {"epoch": round_number, "secret": desk.epoch_secret(round_number).hex()})
     if round_number < desk.config.rounds.planned:
         open_round(desk, round_number + 1, weights_sha256)
 
 
-def _end_old_round(desk: Desk, number: int) -> None:
-    """Abandon what a round left open that no later merge may take any more, and judge what nobody needed."""
+def _end_round(desk: Desk, number: int) -> None:
+    """Abandon what a round left open and no later merge may take any more, and judge what nobody needed."""
     for unit in desk.store.units(number):
         if unit.state is not UnitState.SETTLED:
             abandoned, _ = advance_unit(unit, UnitAbandoned())

@@ -208,6 +208,9 @@ ATTEMPT_TRANSITIONS: Final[dict[tuple[AttemptState, type[AttemptEvent]], Attempt
 }
 """Every legal move of an attempt."""
 
+NEVER_MS: Final = 2**53 - 1
+"""A deadline that never comes: the claim is late, its unit may go to others, its bytes may still arrive."""
+
 LIVE_ATTEMPTS: Final = frozenset(
     {
         AttemptState.LEASED,
@@ -265,9 +268,16 @@ def advance(thing: Unit | Attempt, event: UnitEvent | AttemptEvent) -> tuple[Uni
     return _advance_attempt(thing, event)
 
 
-def needs_release(unit: Unit, attempts: Iterable[Attempt]) -> bool:
-    """Say whether an assigned unit has no live attempt left, so that it must be put back."""
-    return unit.state is UnitState.ASSIGNED and not any(attempt.state in LIVE_ATTEMPTS for attempt in attempts)
+def is_at_work(attempt: Attempt, now_ms: int) -> bool:
+    """Say whether an attempt still holds its unit: it works in time, or it has delivered and waits for its verdict."""
+    if attempt.state in (AttemptState.RECEIVED, AttemptState.EXCUSED):
+        return True
+    return attempt.state in LIVE_ATTEMPTS and now_ms < attempt.deadline_ms < NEVER_MS
+
+
+def needs_release(unit: Unit, attempts: Iterable[Attempt], now_ms: int) -> bool:
+    """Say whether nobody holds an assigned unit any more, so that it must be put back."""
+    return unit.state is UnitState.ASSIGNED and not any(is_at_work(attempt, now_ms) for attempt in attempts)
 
 
 def _advance_unit(unit: Unit, event: object) -> Unit:

@@ -131,7 +131,7 @@ class TermsNotAccepted(AccessRefused):
 
 
 class OwnerBanned(AccessRefused):
-    """This owner is banned from the run after a referee's finding; the verdict tells how to appeal."""
+    """This owner is banned from the run after a referee's finding; the run's operator can say more."""
 
     code = "OWNER_BANNED"
 
@@ -318,7 +318,7 @@ class CoordinatorDiskFull(TryLater):
 
 
 class UploadTooSlow(TryLater):
-    """The upload was slower than the minimum rate and was cut; it resumes where it stopped."""
+    """No chunk of the upload arrived for 90 seconds, so it was cut; it resumes where it stopped."""
 
     code = "UPLOAD_TOO_SLOW"
     status = "DEADLINE_EXCEEDED"
@@ -444,6 +444,12 @@ class RebuildDiffers(LocalProblem):
     """The checkpoint that follows from the deltas and manifests is not the one that was published."""
 
     code = "REBUILD_DIFFERS"
+
+
+class HistoryDiffers(LocalProblem):
+    """What was published is not what the database remembers; an old backup was restored over a newer run."""
+
+    code = "HISTORY_DIFFERS"
 
 
 class DeltasPruned(LocalProblem):

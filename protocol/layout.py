@@ -37,6 +37,10 @@ def log_path(checkpoint: int) -> str:
     return f"log/{checkpoint:06d}.jsonl"
 
 
+LOG_TAIL: Final = "log/tail.jsonl"
+"""The log entries after the newest manifest: verdicts, the revealed epoch, the round that is open."""
+
+
 def metrics_path(checkpoint: int) -> str:
     """Return the path of a checkpoint's measurements (held-out loss); informative, not part of its identity."""
     return f"metrics/{checkpoint:06d}.json"

@@ -64,7 +64,7 @@ MAX_SHARD_BYTES: Final = 2 * GIB
 MAX_CHECKPOINT_BYTES: Final = 64 * GIB
 """Largest checkpoint file that a worker fetches; its owner's own cap is usually lower."""
 SKETCH_FLOATS: Final = 1024
-"""Buckets of a sketch: 4 kB estimate a relative difference within 13 %."""
+"""Buckets of a sketch: 4 kB tell a relative difference to about a tenth, far inside the gap that it must see."""
 SKETCH_BYTES: Final = 4 * SKETCH_FLOATS
 
 # --- time ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from protocol.errors import (
     PayloadInvalid,
     RebuildDiffers,
     RoundTooOld,
+    UsageError,
 )
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
 from protocol.log import read_log
@@ -80,6 +81,7 @@ def rebuild(
     on_round: Callable[[RebuiltRound], None] | None = None,
     *,
     run: RunId | None = None,
+    start: int = 0,
 ) -> RebuildReport:
     """Re-derive the newest checkpoint of a run into `out` and compare each round on the way with its manifest.
 
@@ -91,8 +93,10 @@ def rebuild(
         out: a directory that is empty or not there yet.
         on_round: called after each round that came out as published.
         run: the run id that must stand behind it; None takes the directory's own.
+        start: the checkpoint to begin from, taken as published; for runs whose oldest deltas were pruned.
 
     Raises:
+        UsageError: there is no such checkpoint to begin from.
         RebuildDiffers: a round's bytes, weights, units or history are not what the rules give.
         DeltasPruned: a delta that is needed is not there.
         CheckpointCorrupt, DigestMismatch: a file of the mirror is missing or not the one that was signed.
@@ -105,12 +109,14 @@ def rebuild(
     check_numerics(trust.config)
     manifests = _read_history(public, trust)
     _check_history(manifests, trust)
-    _require_deltas(public, manifests)
+    if not 0 <= start < len(manifests):
+        raise UsageError(f"There is no checkpoint {start} to begin from; the newest one is {len(manifests) - 1}.")
+    _require_deltas(public, manifests[start + 1 :])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DirectoryNotEmpty(f"{out} is not empty; nothing was overwritten.")
     out.mkdir(parents=True, exist_ok=True)
-    state = _genesis(public, manifests[0], trust.config)
-    for before, manifest in itertools.pairwise(manifests):
+    state = _genesis(public, manifests[0], trust.config) if start == 0 else _published(public, manifests[start])
+    for before, manifest in itertools.pairwise(manifests[start:]):
         check_log(public, before, manifest)
         state = _rebuild_round(public, out, manifest, state, trust.config)
         shutil.rmtree(_workplace(out, manifest.checkpoint - 1), ignore_errors=True)
@@ -127,7 +133,7 @@ def rebuild(
     return RebuildReport(
         run=trust.run,
         checkpoint=manifests[-1].checkpoint,
-        deltas=sum(len(manifest.merged) for manifest in manifests),
+        deltas=sum(len(manifest.merged) for manifest in manifests[start + 1 :]),
         weights_sha256=_weights_sha256(manifests[-1]),
         directory=out,
     )
@@ -247,8 +253,16 @@ def _require_deltas(public: Path, manifests: Sequence[Manifest]) -> None:
             if not (public / layout.delta_path(entry.blob_sha256)).is_file():
                 raise DeltasPruned(
                     f"{layout.delta_path(entry.blob_sha256)} of checkpoint {manifest.checkpoint} is not there: it was "
-                    "pruned, or not copied. A rebuild reaches only as far back as deltas are kept."
+                    f"pruned, or not copied. `--from {_reach(public, manifests)}` rebuilds what the kept deltas reach."
                 )
+
+
+def _reach(public: Path, manifests: Sequence[Manifest]) -> int:
+    """Return the oldest checkpoint from which every later delta is there."""
+    for manifest in reversed(manifests):
+        if not all((public / layout.delta_path(entry.blob_sha256)).is_file() for entry in manifest.merged):
+            return manifest.checkpoint
+    return 0
 
 
 def _genesis(public: Path, manifest: Manifest, config: RunConfig) -> _State:
@@ -262,6 +276,19 @@ def _genesis(public: Path, manifest: Manifest, config: RunConfig) -> _State:
     assert weights is not None  # it has a digest
     check_file(directory, weights)
     return _State(weights=directory / weights.path, momentum=None)
+
+
+def _published(public: Path, manifest: Manifest) -> _State:
+    """Return a checkpoint's state as it was published, every byte as signed."""
+    directory = public / layout.checkpoint_directory(manifest.checkpoint)
+    paths = {}
+    for role in (layout.ROLE_WEIGHTS, layout.ROLE_MOMENTUM):
+        entry = manifest.state_file(role)
+        if entry is None:
+            raise RebuildDiffers(f"Checkpoint {manifest.checkpoint} was published without its {role}.")
+        check_file(directory, entry)
+        paths[role] = directory / entry.path
+    return _State(weights=paths[layout.ROLE_WEIGHTS], momentum=paths[layout.ROLE_MOMENTUM])
 
 
 def _rebuild_round(public: Path, out: Path, manifest: Manifest, state: _State, config: RunConfig) -> _State:
@@ -322,9 +349,12 @@ def _finish(out: Path, manifest: Manifest, state: _State, config: RunConfig) -> 
         shutil.copyfile(state.weights, out / layout.WEIGHTS)
         return
     (out / layout.MOMENTUM).parent.mkdir(exist_ok=True)
-    state.weights.replace(out / layout.WEIGHTS)
-    state.momentum.replace(out / layout.MOMENTUM)
-    shutil.rmtree(_workplace(out, manifest.checkpoint))
+    for made, name in ((state.weights, layout.WEIGHTS), (state.momentum, layout.MOMENTUM)):
+        if made.is_relative_to(out):
+            made.replace(out / name)
+        else:
+            shutil.copyfile(made, out / name)  # the newest checkpoint itself was the start: it stays where it is
+    shutil.rmtree(_workplace(out, manifest.checkpoint), ignore_errors=True)
 
 
 def _workplace(out: Path, checkpoint: int) -> Path:

@@ -20,7 +20,8 @@ REVOCATION: Final = "owner-revocation.json"
 _README: Final = """\
 owner.pem              your key: your standing in every run hangs on it. Keep a copy somewhere safe, show it to nobody.
 device.pem             this computer's key, which your key lets act for you.
-owner-revocation.json  if owner.pem is ever stolen, showing this file to a run ends that key. Keep a copy elsewhere.
+owner-revocation.json  your signed word that owner.pem is void. If it is ever stolen, give this file to the
+                       operators of your runs. Keep a copy elsewhere.
 """
 
 

@@ -66,6 +66,9 @@ def rebuild(
         Path | None, typer.Option("--out", metavar="DIR", help="Keep the rebuilt checkpoint here; must be empty.")
     ] = None,
     run: RunOption = None,
+    start: Annotated[
+        int, typer.Option("--from", min=0, help="Begin at this checkpoint as published, if older deltas are pruned.")
+    ] = 0,
 ) -> None:
     """Merge all of a run's deltas again, from checkpoint 0 to the newest one, and compare every round's bytes.
 
@@ -75,10 +78,10 @@ def rebuild(
 
     public, expected = public_directory(directory), _run_id(run)
     with _kept_or_temporary(out) as target:
-        report = rebuild_run(public, target, _show_round, run=expected)
+        report = rebuild_run(public, target, _show_round, run=expected, start=start)
     typer.echo(
         f"Checkpoint {report.checkpoint} follows from {report.deltas} deltas, byte for byte: "
-        f"weights SHA-256 {report.weights_sha256}"
+        f"weights SHA-256 {report.weights_sha256}" + (f" (taking checkpoint {start} as published)" if start else "")
     )
     if out is not None:
         typer.echo(f"It lies in {out}.")

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -156,6 +157,22 @@ def restore(
     typer.echo("serve it only if the old coordinator is gone: two of one run would contradict each other")
 
 
+@app.command()
+def renew(
+    directory: Dir,
+    root_key: Annotated[Path, typer.Option(help="The run's root key, for a moment only.")],
+) -> None:
+    """Let the root key delegate the coordinator key for another two years; restart `serve` afterwards."""
+    from coordinator.clock import WallClock
+    from coordinator.directory import RunDirectory
+    from coordinator.founding import renew as renew_delegation
+    from protocol.keys import PrivateKey
+
+    delegation = renew_delegation(RunDirectory(directory), PrivateKey.load(root_key), now_ms=WallClock().now_ms())
+    until = datetime.fromtimestamp(delegation.not_after_ms / 1000, UTC).date()
+    typer.echo(f"the coordinator key may act until {until}; move {root_key} off this machine again")
+
+
 def _seed(text: str) -> bytes:
     try:
         raw = bytes.fromhex(text)
@@ -185,8 +202,6 @@ def _shards(data: str, count: int, settings: "Settings") -> "Iterator[tuple[list
 def _show_new_run(
     given: Path, run: "RunDirectory", identity: "RunIdentity", settings: "Settings", key_file: Path
 ) -> None:
-    from datetime import UTC, datetime
-
     from coordinator.forecast import forecast, show_bytes
 
     expected = forecast(identity.config, retain_rounds=settings.storage.retain_rounds)

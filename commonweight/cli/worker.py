@@ -35,8 +35,10 @@ def start(
     threads: Annotated[int | None, typer.Option(help="CPU threads for training; all if not given.", min=1)] = None,
     units: Annotated[int | None, typer.Option(help="Stop after so many units.", min=1)] = None,
     cache_gib: Annotated[float, typer.Option(help="Cap on the run's files kept on this disk, in GiB.")] = 20.0,
-    accept_terms: Annotated[bool, typer.Option(help="Accept the run's terms and licence without being asked.")] = False,
-    json: Annotated[bool, typer.Option(help="Tell progress as JSON lines, for programs.")] = False,
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Accept the run's terms and licence without being asked.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Tell progress as JSON lines, for programs.")] = False,
 ) -> None:
     """Train units of a run until it is finished. Ctrl-C ends it cleanly; twice, at once."""
     import asyncio

@@ -14,7 +14,7 @@ import pytest
 from commonweight.digits import load_digits, shard_bytes, write_digits
 from coordinator.directory import RunDirectory, RunIdentity
 from coordinator.forecast import forecast
-from coordinator.founding import found
+from coordinator.founding import found, renew
 from coordinator.settings import Settings
 from coordinator.signed import differences
 from diloco.shards import ShardInfo, write_shard
@@ -22,8 +22,17 @@ from mmdit.conditioning import ConditioningConfig
 from mmdit.export import load_checkpoint
 from protocol import layout
 from protocol.documents import Manifest
-from protocol.errors import ConfigInvalid, DirectoryInUse, DirectoryNotEmpty, KeyUnreadable, LocalProblem, ShardCorrupt
+from protocol.errors import (
+    ConfigInvalid,
+    DelegationInvalid,
+    DirectoryInUse,
+    DirectoryNotEmpty,
+    KeyUnreadable,
+    LocalProblem,
+    ShardCorrupt,
+)
 from protocol.keys import PrivateKey
+from protocol.limits import DAY_MS
 
 NOW_MS = 1_800_000_000_000
 Founding = Callable[..., RunIdentity]
@@ -243,3 +252,15 @@ def test_the_forecast_counts_what_a_round_really_writes(founding: Founding, tmp_
     assert expected.uplink_per_round > 6 * weights
     assert "Mbit/s" in expected.lines()[2]
     assert "Mbit/s" not in dataclasses.replace(expected, min_window_seconds=0.0).lines()[2]
+
+
+def test_the_root_key_renews_the_delegation_and_no_other_key_does(founding: Founding, tmp_path: Path) -> None:
+    before = founding()
+    later = NOW_MS + 365 * DAY_MS
+    with pytest.raises(DelegationInvalid, match="root key of this run"):
+        renew(RunDirectory(tmp_path / "run"), PrivateKey.generate(), now_ms=later)
+    renewed = renew(RunDirectory(tmp_path / "run"), PrivateKey.load(tmp_path / "root.pem"), now_ms=later)
+    after = RunDirectory(tmp_path / "run").identity()
+    assert after.delegation == renewed
+    assert after.delegation.not_after_ms - before.delegation.not_after_ms == 365 * DAY_MS
+    assert after.coordinator.public == before.coordinator.public

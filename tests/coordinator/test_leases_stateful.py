@@ -72,7 +72,7 @@ class Leases(RuleBasedStateMachine):
                     case ReleaseUnit(unit=name):
                         unit = self.store.unit(name)
                         assert unit is not None
-                        if needs_release(unit, self.store.attempts_of_unit(name)):
+                        if needs_release(unit, self.store.attempts_of_unit(name), self.clock.now_ms()):
                             self.store.save_unit(unit, advance(unit, UnitReleased())[0])
                     case OfferToUnit(unit=name, lease=lease):
                         unit = self.store.unit(name)
@@ -166,7 +166,7 @@ class Leases(RuleBasedStateMachine):
             attempts = self.store.attempts_of_unit(unit.unit)
             if unit.state is UnitState.OPEN:
                 assert AttemptState.LEASED not in {attempt.state for attempt in attempts}
-            assert not needs_release(unit, attempts)
+            assert not needs_release(unit, attempts, self.clock.now_ms())
 
     @invariant()
     def a_unit_is_settled_once_by_an_attempt_whose_bytes_are_here(self) -> None:

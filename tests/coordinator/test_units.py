@@ -6,6 +6,7 @@ import pytest
 
 from coordinator.units import (
     ATTEMPT_TRANSITIONS,
+    NEVER_MS,
     UNIT_TRANSITIONS,
     Attempt,
     AttemptState,
@@ -170,6 +171,15 @@ def test_an_assigned_unit_is_released_only_when_nobody_is_at_it_any_more() -> No
     assigned, _ = advance(open_unit, UnitAssigned())
     gone = [an_attempt(AttemptState.EXPIRED), an_attempt(AttemptState.HANDED_BACK), an_attempt(AttemptState.JUDGED)]
 
-    assert needs_release(assigned, gone)
-    assert not needs_release(assigned, [*gone, an_attempt(AttemptState.CLAIMED)])
-    assert not needs_release(open_unit, gone)
+    claimed = an_attempt(AttemptState.CLAIMED)
+    assert needs_release(assigned, gone, now_ms=0)
+    assert not needs_release(assigned, [*gone, claimed], now_ms=claimed.deadline_ms - 1)
+    assert not needs_release(open_unit, gone, now_ms=0)
+
+
+def test_a_claim_whose_bytes_are_overdue_holds_its_unit_no_longer() -> None:
+    assigned, _ = advance(examples.unit(), UnitAssigned())
+    claimed = an_attempt(AttemptState.CLAIMED)
+    assert needs_release(assigned, [claimed], now_ms=claimed.deadline_ms)
+    assert needs_release(assigned, [replace(claimed, deadline_ms=NEVER_MS)], now_ms=0)
+    assert not needs_release(assigned, [an_attempt(AttemptState.EXCUSED)], now_ms=NEVER_MS)

@@ -17,6 +17,7 @@ from protocol.errors import (
     DirectoryNotEmpty,
     NumericsMismatch,
     RebuildDiffers,
+    UsageError,
     WrongRun,
 )
 from tests.verify.examples import COORDINATOR, ROOT, RUN, STRANGER, PublishedRun
@@ -80,6 +81,23 @@ def test_a_pruned_delta_is_named_before_anything_is_merged(mirror: PublishedRun,
     (mirror.public / layout.delta_path(entry.blob_sha256)).unlink()
     _refused(mirror, tmp_path, DeltasPruned, f"{entry.blob_sha256}.* of checkpoint 2 is not there")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pruned_run_is_rebuilt_from_the_checkpoint_that_the_refusal_names(
+    mirror: PublishedRun, tmp_path: Path
+) -> None:
+    for entry in mirror.manifest(1).merged:
+        (mirror.public / layout.delta_path(entry.blob_sha256)).unlink()
+    _refused(mirror, tmp_path, DeltasPruned, "--from 1")
+    report = rebuild(mirror.public, tmp_path / "out", start=1)
+    newest = mirror.manifest(2)
+    assert (report.checkpoint, report.deltas) == (2, len(newest.merged))
+    assert file_sha256(tmp_path / "out" / layout.WEIGHTS) == newest.file(layout.WEIGHTS).sha256
+    with pytest.raises(UsageError, match="no checkpoint 3"):
+        rebuild(mirror.public, tmp_path / "other", start=3)
+    rebuild(mirror.public, tmp_path / "copy", start=2)
+    assert file_sha256(tmp_path / "copy" / layout.MOMENTUM) == newest.file(layout.MOMENTUM).sha256
+    assert (mirror.checkpoint(2) / layout.MOMENTUM).exists()
 
 
 def test_a_damaged_delta_is_named(mirror: PublishedRun, tmp_path: Path) -> None:
