@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from coordinator.desk import Desk
 from coordinator.leasing import release_unit
+from coordinator.rounds import RoundState
 from coordinator.sessions import Session
 from coordinator.units import (
     Attempt,
@@ -52,7 +53,7 @@ from protocol.errors import (
     StepOutOfOrder,
     WrongRun,
 )
-from protocol.limits import SKETCH_BYTES, SKETCH_FLOATS
+from protocol.limits import MAX_PEER_DOCUMENT_BYTES, SKETCH_BYTES, SKETCH_FLOATS
 
 _NEXT = {
     AttemptState.CLAIMED: Instruction.SKETCH,
@@ -78,7 +79,7 @@ def submit_claim(desk: Desk, session: Session, raw: bytes) -> ClaimAnswer:
     Checks: 0 signature by the session's device; 1 run and device; 2 the lease is this device's; 3 the lease's own
     bytes and unit; 4 artifacts; 5 no other claim; 6 the lease still takes claims; 7 the round is not too old.
     """
-    claim = verify(Claim, raw, session.device_key)  # 0
+    claim = verify(Claim, raw, session.device_key, max_bytes=MAX_PEER_DOCUMENT_BYTES)  # 0
     payload = open_envelope(raw, Claim.TYPE, session.device_key)
     if claim.run != desk.run or claim.device != session.device:  # 1
         raise WrongRun("The claim names another run or another device than this session.")
@@ -114,12 +115,16 @@ def _check_artifacts(desk: Desk, claim: Claim) -> None:
 
 
 def _check_age(desk: Desk, round_number: int) -> None:
+    """Raise `RoundTooOld` if the next merge may not take work of this round any more."""
     current = desk.store.latest_round()
+    assert current is not None  # a lease was given, so a round was opened
+    # The merge set of a round that no longer collects is fixed: what comes now is for the one after it.
+    next_merge = current.round if current.state is RoundState.COLLECTING else current.round + 1
     bound = desk.config.rounds.staleness_bound
-    if current is not None and current.round - round_number > bound:
+    if next_merge - round_number > bound and current.round < desk.config.rounds.planned:
         raise RoundTooOld(
-            f"The unit is of round {round_number}; the run is at round {current.round} and takes work that is at most "
-            f"{bound} rounds late."
+            f"The unit is of round {round_number}; the next merge is round {next_merge}'s, which takes work that is at "
+            f"most {bound} rounds late."
         )
 
 
@@ -210,6 +215,7 @@ def record_received(desk: Desk, lease: LeaseId) -> bytes:
     assert attempt is not None
     if attempt.bytes_receipt is not None:
         return attempt.bytes_receipt
+    _check_age(desk, attempt.round)  # the round may have moved on while the bytes travelled: no receipt then
     assert attempt.claim_sha256 is not None
     entry = desk.log("bytes", {"claim": attempt.claim_sha256})
     receipt = sign(

@@ -16,17 +16,22 @@ class Clock(Protocol):
 class WallClock:
     """The machine's clock, kept from going back: below `floor_ms` (the last time that was stored) or its last answer.
 
-    A machine that starts with a wrong clock, or whose clock is set back, must not reopen deadlines that have passed.
+    A machine that starts with a wrong clock, or whose clock is set back, must neither reopen deadlines that have passed
+    nor stand still until the clock has caught up: time then goes on at its own pace from where it was.
     """
 
     def __init__(self, floor_ms: int = 0) -> None:
         self._last_ms = floor_ms
+        self._last_ticks = time.monotonic_ns()
         self._lock = threading.Lock()
 
     def now_ms(self) -> int:
-        """Return max(wall clock, floor, last answer)."""
+        """Return the wall clock, or the last answer and what has passed since, whichever is later."""
         with self._lock:
-            self._last_ms = max(self._last_ms, time.time_ns() // 1_000_000)
+            ticks = time.monotonic_ns()
+            passed_ms = (ticks - self._last_ticks) // 1_000_000
+            self._last_ms = max(self._last_ms + passed_ms, time.time_ns() // 1_000_000)
+            self._last_ticks += passed_ms * 1_000_000
             return self._last_ms
 
 

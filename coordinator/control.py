@@ -19,7 +19,7 @@ from coordinator.blobs import BlobStore
 from coordinator.desk import CLOCK_KEY, Desk
 from coordinator.publisher import PublishedManifest, Publisher
 from coordinator.rounds import Round
-from coordinator.sessions import Proven, Session
+from coordinator.sessions import Session
 from coordinator.settler_client import SettlerClient
 from coordinator.staging import Staging
 from coordinator.units import UnitState
@@ -29,13 +29,16 @@ from protocol.documents import Digest, FileEntry
 from protocol.errors import (
     BytesRefused,
     CommonweightError,
+    CoordinatorDiskFull,
     DeltaTruncated,
     DigestMismatch,
     HistoryDiffers,
     Refusal,
+    ServerBusy,
     UploadInProgress,
+    UploadOffsetWrong,
 )
-from protocol.limits import LEASE_WAIT_MS, STAGING_GRACE_MS, UPLOAD_CHUNK_BYTES
+from protocol.limits import LEASE_WAIT_MS, SETTLER_PATIENCE_MS, STAGING_GRACE_MS, UPLOAD_CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ TICK_SECONDS = 0.5
 SWEEP_SECONDS = 600.0
 SETTLE_RETRY_SECONDS = 5.0
 CLOCK_AHEAD_MS = 2_000
+WATCH_SECONDS = 30.0
 
 
 class Control:
@@ -104,12 +108,15 @@ class Control:
 
     # --- calls -----------------------------------------------------------------------------------------------
 
-    async def admit(self, proven: Proven) -> None:
-        """Remember who opens a session."""
-        await self.decide(lambda desk: leasing.admit_device(desk, proven))
+    async def admit(self, session: Session) -> None:
+        """Refuse a session to the banned."""
+        await self.decide(lambda desk: leasing.check_admitted(desk, session))
 
     async def lease(self, session: Session, wait_ms: int) -> leasing.Leased | leasing.NoWork:
         """Return a unit, waiting at most `wait_ms` for one."""
+        if not await asyncio.to_thread(self._staging.has_room):
+            # Whoever trains now could not deliver, and every lease is a row in the database.
+            raise CoordinatorDiskFull("The coordinator is short of disk space and gives out no units now.")
         loop = asyncio.get_running_loop()
         end = loop.time() + min(wait_ms, LEASE_WAIT_MS) / 1000
         while True:
@@ -186,6 +193,9 @@ class Control:
     async def _store_chunks(self, expected: claims.Expected, offset: int, chunks: AsyncIterator[bytes]) -> str:
         """Append the stream to the staged file, hashing on the way; return the SHA-256 of the whole file."""
         artifact, claim = expected.artifact, expected.claim
+        stored = await asyncio.to_thread(self._staging.offset, claim, artifact.role)
+        if offset != stored:
+            raise UploadOffsetWrong(f"The upload starts at byte {offset}, but {stored} bytes are stored.")
         hasher = hashlib.sha256()
         if offset:
             await asyncio.to_thread(_hash_prefix, self._staging.path(claim, artifact.role), offset, hasher)
@@ -226,8 +236,11 @@ class Control:
         # The disk writes while the settler reads.
         syncing = asyncio.create_task(asyncio.to_thread(self._staging.sync, claim, artifact.role))
         try:
-            await self._settler.call("admit", **job)
+            async with asyncio.timeout(SETTLER_PATIENCE_MS / 1000):
+                await self._settler.call("admit", **job)
             await syncing
+        except TimeoutError:
+            raise ServerBusy("The coordinator could not check the delta in time; it is kept, ask again.") from None
         except BytesRefused as refused:
             refusal: Refusal = refused
             await self.decide(lambda desk: claims.record_refused(desk, lease, refusal))
@@ -255,17 +268,31 @@ class Control:
             await self._wake()
 
     async def tick(self) -> None:
-        """Turn the clockwork for ever."""
+        """Turn the clockwork for ever; a full disk makes it wait, not end."""
         while True:
-            await self.turn()
+            try:
+                await self.turn()
+            except (CommonweightError, OSError) as error:
+                logger.error("nothing could be decided: %s", error, extra={"action": "turn_failed"})
+                await asyncio.sleep(SETTLE_RETRY_SECONDS)
             await asyncio.sleep(TICK_SECONDS)
+
+    async def watch_settler(self) -> None:
+        """End when the settler no longer answers; the supervisor then starts everything anew."""
+        while True:
+            async with asyncio.timeout(SETTLER_PATIENCE_MS / 1000):
+                await self._settler.call("ping")
+            await asyncio.sleep(WATCH_SECONDS)
 
     async def sweep(self) -> None:
         """Throw away unfinished uploads that nobody continued, for ever."""
         while True:
             now = self._desk.clock.now_ms()
             older = self._desk.config.rounds.lease_ms + STAGING_GRACE_MS
-            await asyncio.to_thread(self._staging.sweep, older, now)
+            try:
+                await asyncio.to_thread(self._staging.sweep, older, now)
+            except OSError as error:
+                logger.error("unfinished uploads could not be swept: %s", error, extra={"action": "sweep_failed"})
             await asyncio.sleep(SWEEP_SECONDS)
 
     async def settle(self) -> None:
@@ -326,10 +353,8 @@ class Control:
             "merge",
             base=str(publisher.directory(number - 1)),
             out=str(place),
-            entries=[
-                {"claim": entry.claim, "path": str(path), "unit": entry.unit, "weight": entry.weight}
-                for entry, path in blobs
-            ],
+            base_files=await asyncio.to_thread(self._publisher.state_files, number - 1),
+            entries=[{**asdict(entry), "path": str(path)} for entry, path in blobs],
         )
         merged_files = [FileEntry(**entry) for entry in answer["files"]]
         lines = await self.decide(lambda desk: settling.log_lines(desk, number))

@@ -24,7 +24,7 @@ from coordinator.clock import Clock, WallClock
 from coordinator.control import Control
 from coordinator.desk import CLOCK_KEY, Desk
 from coordinator.directory import RunDirectory, RunIdentity, sign_endpoint
-from coordinator.lifeline import exit_with_parent
+from coordinator.lifeline import exit_with_parent, raise_file_limit
 from coordinator.publisher import Publisher
 from coordinator.servicer import Servicer
 from coordinator.sessions import Sessions
@@ -85,10 +85,12 @@ async def _build(wiring: Wiring, settler: SettlerClient, writer: ThreadPoolExecu
     facts = await settler.call("describe")
     loop = asyncio.get_running_loop()
     desk = await loop.run_in_executor(writer, open_desk, wiring.directory, identity, int(facts["delta_bytes"]))
+    # What a merge writes: weights and as much momentum. An upload must never take the room that its own merge needs.
+    one_merge = 2 * (wiring.directory.checkpoint(0) / layout.WEIGHTS).stat().st_size
     control = Control(
         desk=desk,
         blobs=DirectoryBlobs(wiring.directory.blobs),
-        staging=Staging(wiring.directory.staging, reserve_bytes=settings.storage.reserve_mib * MIB),
+        staging=Staging(wiring.directory.staging, reserve_bytes=settings.storage.reserve_mib * MIB + one_merge),
         publisher=Publisher(wiring.directory.public, identity.coordinator),
         settler=settler,
         heldout=wiring.directory.public / layout.shard_path(identity.config.data.heldout.sha256),
@@ -107,7 +109,6 @@ async def _build(wiring: Wiring, settler: SettlerClient, writer: ThreadPoolExecu
     servicer = Servicer(
         control=control,
         sessions=sessions,
-        clock=desk.clock,
         endpoint=lambda: _endpoint(identity, wiring.public_url, desk.clock),
     )
     return desk, control, servicer
@@ -115,7 +116,7 @@ async def _build(wiring: Wiring, settler: SettlerClient, writer: ThreadPoolExecu
 
 def _server(servicer: Servicer, identity: RunIdentity, address: str) -> tuple[grpc.aio.Server, int]:
     server = grpc.aio.server(options=list(SERVER_OPTIONS), maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS)
-    server.add_generic_rpc_handlers((service_handler(servicer),))
+    server.add_generic_rpc_handlers((service_handler(servicer, door=servicer.door),))
     credentials = grpc.ssl_server_credentials([(identity.tls_key_pem, identity.tls_certificate_pem)])
     return server, server.add_secure_port(address, credentials)
 
@@ -148,7 +149,12 @@ async def run(wiring: Wiring) -> int:
 
 
 def _clockwork(control: Control) -> list[tuple[str, Coroutine[Any, Any, None]]]:
-    return [("tick", control.tick()), ("sweep", control.sweep()), ("settle", control.settle())]
+    return [
+        ("tick", control.tick()),
+        ("sweep", control.sweep()),
+        ("settle", control.settle()),
+        ("watch", control.watch_settler()),
+    ]
 
 
 def _part(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None], name: str) -> "asyncio.Task[None]":
@@ -166,6 +172,7 @@ def main(arguments: list[str]) -> int:
     directory, settler, lifeline, ready, public_url = arguments
     logging.basicConfig(level=logging.INFO, format="%(levelname)s control: %(message)s")
     exit_with_parent(int(lifeline))
+    raise_file_limit()
     wiring = Wiring(
         directory=RunDirectory(Path(directory)),
         settler=socket.socket(fileno=int(settler)),

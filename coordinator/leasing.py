@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from coordinator.desk import Desk
 from coordinator.owners import Device, Owner, OwnerState
 from coordinator.rounds import Round, RoundState
-from coordinator.sessions import Proven, Session
+from coordinator.sessions import Session
 from coordinator.units import (
     NEVER_MS,
     Attempt,
@@ -28,7 +28,7 @@ from protocol.canonical import sha256_hex
 from protocol.documents import ArtifactLimit, Digest, Lease, LeaseId, UnitId, digest_of, sign
 from protocol.errors import LeaseEnded, LeaseUnknown, OwnerBanned, RunFinished
 from protocol.layout import ROLE_DELTA
-from protocol.limits import SECOND_MS, UPLOADING_PER_DEVICE
+from protocol.limits import LEASES_PER_OWNER_AT_LEAST, LEASES_PER_OWNER_SHARE, SECOND_MS, UPLOADING_PER_DEVICE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,33 +48,37 @@ class NoWork:
     retry_after_ms: int
 
 
-def admit_device(desk: Desk, proven: Proven) -> None:
-    """Remember an owner and a device at the start of a session; raise `OwnerBanned`."""
-    store = desk.store
-    owner_id = proven.owner_key.key_id
-    known = store.owner(owner_id)
-    if known is not None and known.state is OwnerState.BANNED:
+def check_admitted(desk: Desk, session: Session) -> None:
+    """Raise `OwnerBanned` if the owner is."""
+    owner = desk.store.owner(session.owner)
+    if owner is not None and owner.state is OwnerState.BANNED:
         raise OwnerBanned
-    store.put_owner(
-        Owner(
-            owner=owner_id,
-            public_key=proven.owner_key.hex,
-            state=known.state if known else OwnerState.PROBATION,
-            member=desk.member(owner_id),
-            valid_in_row=known.valid_in_row if known else 0,
-            terms_sha256=Digest(proven.proof.terms_sha256),
-        )
+
+
+def remember_device(desk: Desk, session: Session) -> None:
+    """Store an owner and a device, with the first unit that they get and whenever what they say has changed."""
+    store = desk.store
+    known = store.owner(session.owner)
+    owner = Owner(
+        owner=session.owner,
+        public_key=session.owner_key.hex,
+        state=known.state if known else OwnerState.PROBATION,
+        member=desk.member(session.owner),
+        valid_in_row=known.valid_in_row if known else 0,
+        terms_sha256=Digest(session.proof.terms_sha256),
     )
-    store.put_device(
-        Device(
-            device=proven.device_key.key_id,
-            public_key=proven.device_key.hex,
-            owner=owner_id,
-            delegation_envelope=proven.delegation_envelope,
-            device_class=proven.proof.device_class,
-            trainer_version=proven.proof.trainer_version,
-        )
+    if owner != known:
+        store.put_owner(owner)
+    device = Device(
+        device=session.device,
+        public_key=session.device_key.hex,
+        owner=session.owner,
+        delegation_envelope=session.delegation_envelope,
+        device_class=session.proof.device_class,
+        trainer_version=session.proof.trainer_version,
     )
+    if device != store.device(session.device):
+        store.put_device(device)
 
 
 def open_round(desk: Desk, number: int, base_sha256: Digest) -> None:
@@ -116,9 +120,7 @@ def lease_unit(
     Raises `OwnerBanned`, and `RunFinished` after the last planned round.
     """
     store, now = desk.store, desk.clock.now_ms()
-    owner = store.owner(session.owner)
-    if owner is None or owner.state is OwnerState.BANNED:
-        raise OwnerBanned
+    check_admitted(desk, session)
     held = store.leased_attempt(session.device)
     if held is not None:
         if held.deadline_ms > now:
@@ -133,6 +135,9 @@ def lease_unit(
         return NoWork(reason="the run has not begun", retry_after_ms=5 * SECOND_MS)
     if current.state is RoundState.PUBLISHED and current.round >= desk.config.rounds.planned:
         raise RunFinished
+    most = max(LEASES_PER_OWNER_AT_LEAST, desk.config.rounds.units // LEASES_PER_OWNER_SHARE)
+    if store.leased_count(session.owner) >= most:
+        return NoWork(reason=f"this owner's devices hold {most} units already", retry_after_ms=5 * SECOND_MS)
     unit = store.next_open_unit(current.round) if current.state is RoundState.COLLECTING else None
     if unit is None:
         doing = "all its units are given out" if current.state is RoundState.COLLECTING else "it is being merged"
@@ -184,6 +189,7 @@ def _lease(desk: Desk, session: Session, unit: Unit, random_bytes: Callable[[int
         bytes_receipt=None,
         verdict_envelope=None,
     )
+    remember_device(desk, session)
     assigned, _ = advance(unit, UnitAssigned())
     desk.store.save_unit(unit, assigned)
     desk.store.add_attempt(attempt)

@@ -3,10 +3,13 @@
 A CDN or any web server over the same directory does as well.
 """
 
+import asyncio
 import logging
 import socket
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -15,8 +18,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from coordinator.ratelimit import address_prefix
 from protocol import layout
+from protocol.limits import HTTP_HEADER_MS, MAX_HTTP_CONNECTIONS_PER_ADDRESS
 
 _FOR_EVER = "public, max-age=31536000, immutable"
 _NAMED_BY_CONTENT = ("checkpoints/", "shards/", "deltas/", "log/")
@@ -38,6 +44,39 @@ class PublicFiles(StaticFiles):
         return response
 
 
+class ImpatientProtocol(H11Protocol):
+    """HTTP/1.1 that drops a new connection without a request, and strangers who hold too many connections.
+
+    uvicorn waits for ever for the first request, and its own limit on connections would let one stranger's silent
+    sockets shut out everybody.
+    """
+
+    _held: ClassVar[Counter[str]] = Counter()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection, and give it ten seconds for its first headers."""
+        super().connection_made(transport)
+        peer = transport.get_extra_info("peername")
+        family = "ipv6" if peer and ":" in peer[0] else "ipv4"
+        self._prefix = address_prefix(f"{family}:{peer[0]}:{peer[1]}" if peer else "unknown")
+        self._held[self._prefix] += 1
+        if self._held[self._prefix] > MAX_HTTP_CONNECTIONS_PER_ADDRESS:
+            transport.abort()
+        self._patience = asyncio.get_running_loop().call_later(HTTP_HEADER_MS / 1000, self._drop_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._patience.cancel()
+        self._held[self._prefix] -= 1
+        if not self._held[self._prefix]:
+            del self._held[self._prefix]
+        super().connection_lost(exc)
+
+    def _drop_silent(self) -> None:
+        if getattr(self, "cycle", None) is None:
+            self.transport.abort()
+
+
 def application(public: Path) -> Starlette:
     """Return the ASGI application over a public directory."""
     return Starlette(
@@ -50,17 +89,18 @@ def application(public: Path) -> Starlette:
 
 def main(arguments: list[str]) -> int:
     """Entry of the process: `python -P -m coordinator.public DIR SOCKET_FD LIFELINE_FD`."""
-    from coordinator.lifeline import exit_with_parent
+    from coordinator.lifeline import exit_with_parent, raise_file_limit
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s public: %(message)s")
     exit_with_parent(int(arguments[2]))
+    raise_file_limit()
     config = uvicorn.Config(
         application(Path(arguments[0]) / "public"),
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_keep_alive=20,
-        limit_concurrency=512,
+        http=ImpatientProtocol,
         h11_max_incomplete_event_size=16_384,
     )
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=int(arguments[1]))])

@@ -71,6 +71,12 @@ class Publisher:
             sync(directory)
         return tuple(entries[path] for path in sorted(entries))
 
+    def state_files(self, checkpoint: int) -> dict[str, str]:
+        """Return path and SHA-256 of the files that hold a checkpoint's canonical state, from its signed manifest."""
+        listed = self.published(checkpoint)
+        assert listed is not None  # a round starts from a published checkpoint
+        return {part.path: listed.manifest.file(part.path).sha256 for part in listed.manifest.state}
+
     def state_of(self, files: Iterable[FileEntry]) -> tuple[StateEntry, ...]:
         """Return which of the files hold the round's canonical state."""
         roles = {layout.WEIGHTS: layout.ROLE_WEIGHTS, layout.MOMENTUM: layout.ROLE_MOMENTUM}

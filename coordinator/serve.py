@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,7 +26,7 @@ from coordinator.clock import WallClock
 from coordinator.directory import RunDirectory, write_file
 from coordinator.signed import differences
 from protocol.canonical import canonical_json
-from protocol.errors import ConfigInvalid, DelegationInvalid
+from protocol.errors import CommonweightError, ConfigInvalid, DelegationInvalid
 from protocol.join import JoinString
 from protocol.limits import DAY_MS
 
@@ -35,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 READY_SECONDS: Final = 120.0
 STOP_SECONDS: Final = 20.0
-MAX_RESTARTS: Final = 5
-RESTART_WINDOW_SECONDS: Final = 600.0
+QUIET_SECONDS: Final = 600.0
+MAX_WAIT_SECONDS: Final = 60.0
 DELEGATION_WARNING_MS: Final = 60 * DAY_MS
 
 
@@ -68,21 +67,28 @@ class Supervisor:
         self._lifeline_read, self._lifeline_write = os.pipe()
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT (0), or until it keeps failing (1)."""
+        """Serve until SIGTERM or SIGINT; raise what keeps it from starting at all.
+
+        What fails after it has served is started again, for ever, a little later each time: the next morning's
+        volunteers must find a coordinator even if the disk was full for a night.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _on_signal)
-        restarts: deque[float] = deque()
+        served, failures = False, 0
         try:
             while True:
-                self._serve_once()
-                now = time.monotonic()
-                restarts.append(now)
-                while now - restarts[0] > RESTART_WINDOW_SECONDS:
-                    restarts.popleft()
-                if len(restarts) > MAX_RESTARTS:
-                    logger.error("it failed %d times in ten minutes; giving up", len(restarts))
-                    return 1
-                time.sleep(min(2.0 ** len(restarts), 30.0) / 4)
+                began = time.monotonic()
+                try:
+                    self._serve_once()
+                    served = True
+                except (CommonweightError, OSError) as error:
+                    if not served:
+                        raise
+                    logger.error("it could not be served: %s", error)
+                failures = 1 if time.monotonic() - began > QUIET_SECONDS else failures + 1
+                wait = min(0.5 * 2.0**failures, MAX_WAIT_SECONDS)
+                logger.warning("starting again in %.0f s", wait)
+                time.sleep(wait)
         except _Stop:
             return 0
         finally:

@@ -3,29 +3,35 @@
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Final, TypeVar
 
 import grpc
 import grpc.aio
 
-from coordinator.clock import Clock
 from coordinator.control import Control
+from coordinator.gate import Gate
 from coordinator.leasing import Leased
 from coordinator.ratelimit import RateLimit, address_prefix
 from coordinator.sessions import Session, Sessions
 from protocol import calls
 from protocol.errors import Bug, CommonweightError, PayloadInvalid, UploadTooSlow
 from protocol.limits import (
+    MAX_CALLS_AT_ONCE,
+    MAX_CALLS_AT_ONCE_PER_ADDRESS,
+    MAX_CALLS_AT_ONCE_PER_DEVICE,
     MAX_CALLS_PER_MINUTE_PER_DEVICE,
     MAX_OPEN_CALLS_PER_MINUTE_PER_ADDRESS,
     MAX_VERDICT_QUERIES,
+    MINUTE_MS,
     SESSION_MS,
     UPLOAD_CHUNK_BYTES,
     UPLOAD_CHUNK_PATIENCE_MS,
+    UPLOAD_MIN_BYTES_PER_MINUTE,
 )
-from protocol.service import CALLS, SESSION_METADATA, Auth, status_of
+from protocol.service import CALLS, SESSION_METADATA, Auth, first_message, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +50,8 @@ def _call(method: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]:
             session = self._admit(auth, context)
             if isinstance(request, CommonweightError):
                 raise request
-            return await method(self, request, session)
+            with self._at_once_per_device.enter(session.device) if session else nullcontext():
+                return await method(self, request, session)
         except CommonweightError as error:
             failure = error
         except Exception:
@@ -62,18 +69,21 @@ def _call(method: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]:
 class Servicer:
     """Serves the calls of `protocol.service.CALLS`."""
 
-    def __init__(
-        self, *, control: Control, sessions: Sessions, clock: Clock, endpoint: Callable[[], calls.GetEndpointReply]
-    ) -> None:
+    def __init__(self, *, control: Control, sessions: Sessions, endpoint: Callable[[], calls.GetEndpointReply]) -> None:
         self._control = control
         self._sessions = sessions
-        self._clock = clock
         self._endpoint = endpoint
+        self._at_once = Gate(total=MAX_CALLS_AT_ONCE, each=MAX_CALLS_AT_ONCE_PER_ADDRESS)
+        self._at_once_per_device = Gate(total=MAX_CALLS_AT_ONCE, each=MAX_CALLS_AT_ONCE_PER_DEVICE)
         self._per_device = RateLimit(MAX_CALLS_PER_MINUTE_PER_DEVICE)
         self._per_address = RateLimit(MAX_OPEN_CALLS_PER_MINUTE_PER_ADDRESS)
 
+    def door(self, context: Context) -> AbstractContextManager[None]:
+        """Count a call from its headers on, so that those who open calls and say nothing only shut out themselves."""
+        return self._at_once.enter(address_prefix(context.peer()))
+
     def _admit(self, auth: Auth, context: Context) -> Session | None:
-        now = self._clock.now_ms()
+        now = ticks_ms()
         if auth is Auth.OPEN:
             self._per_address.admit(address_prefix(context.peer()), now)
             return None
@@ -92,20 +102,20 @@ class Servicer:
     async def GetStatus(self, request: calls.GetStatusRequest, session: None) -> calls.GetStatusReply:
         """Say where the run stands."""
         facts = await self._control.decide(self._control.facts)
-        return calls.GetStatusReply(**facts, devices_seen=self._sessions.devices(self._clock.now_ms()))
+        return calls.GetStatusReply(**facts, devices_seen=self._sessions.devices(ticks_ms()))
 
     @_call
     async def GetNonce(self, request: calls.GetNonceRequest, session: None) -> calls.GetNonceReply:
         """Give a number to sign."""
-        return calls.GetNonceReply(nonce=self._sessions.nonce(self._clock.now_ms()))
+        return calls.GetNonceReply(nonce=self._sessions.nonce(ticks_ms()))
 
     @_call
     async def OpenSession(self, request: calls.OpenSessionRequest, session: None) -> calls.OpenSessionReply:
         """Take a device's proof, give a token."""
-        now = self._clock.now_ms()
-        proven = self._sessions.prove(request.proof_envelope, request.delegation_envelope, now)
-        await self._control.admit(proven)
-        return calls.OpenSessionReply(token=self._sessions.open(proven, now), expires_in_ms=SESSION_MS)
+        now = ticks_ms()
+        opened = self._sessions.prove(request.proof_envelope, request.delegation_envelope, now)
+        await self._control.admit(opened)
+        return calls.OpenSessionReply(token=self._sessions.open(opened), expires_in_ms=SESSION_MS)
 
     @_call
     async def LeaseUnit(self, request: calls.LeaseUnitRequest, session: Session) -> calls.LeaseUnitReply:
@@ -145,10 +155,10 @@ class Servicer:
     @_call
     async def Upload(self, requests: AsyncIterator[Any], session: Session) -> calls.UploadReply:
         """Take an artifact's bytes."""
+        first = await first_message(requests)
+        if isinstance(first, CommonweightError):
+            raise first
         stream = _timed(requests)
-        first = await anext(stream, None)
-        if first is None:
-            raise PayloadInvalid("An upload begins with a message that names claim, role and offset.")
         try:
             return await self._upload(first, stream, session)
         except CommonweightError:
@@ -184,11 +194,12 @@ async def _drain(requests: AsyncIterator[Any]) -> None:
 
 
 async def _timed(requests: AsyncIterator[Any]) -> AsyncIterator[calls.UploadRequest]:
-    """Pass a stream on; cut it when a chunk takes too long, is too large, or is no chunk."""
-    iterator = aiter(requests)
+    """Pass a stream on; cut it when it is too slow on the whole, when a message is too large, or no chunk."""
+    began, brought = ticks_ms(), 0
     while True:
         try:
-            request = await asyncio.wait_for(anext(iterator), UPLOAD_CHUNK_PATIENCE_MS / 1000)
+            async with asyncio.timeout(UPLOAD_CHUNK_PATIENCE_MS / 1000):
+                request = await anext(requests)
         except StopAsyncIteration:
             return
         except TimeoutError:
@@ -197,4 +208,13 @@ async def _timed(requests: AsyncIterator[Any]) -> AsyncIterator[calls.UploadRequ
             raise request
         if len(request.data) > UPLOAD_CHUNK_BYTES:
             raise PayloadInvalid(f"A chunk has at most {UPLOAD_CHUNK_BYTES} bytes, this one has {len(request.data)}.")
+        brought += len(request.data)
+        # One chunk of credit; after that a trickle of tiny chunks is as slow as silence.
+        if brought + UPLOAD_CHUNK_BYTES < (ticks_ms() - began) * UPLOAD_MIN_BYTES_PER_MINUTE // MINUTE_MS:
+            raise UploadTooSlow
         yield request
+
+
+def ticks_ms() -> int:
+    """Return a time that only this process knows and nobody can set: for limits, nonces and sessions."""
+    return time.monotonic_ns() // 1_000_000

@@ -2,7 +2,8 @@
 
 The proof names the run, this server's certificate and a nonce that was given out a moment ago, so that it can be
 replayed neither here nor against another server. A stolen token can fetch leases and send bytes; it signs nothing.
-Everything is in memory: after a restart workers open new sessions by themselves.
+Everything is in memory: after a restart workers open new sessions by themselves. Nothing of a device is stored before
+it gets a unit, so that making up keys fills no disk. Times are ticks of this process's own clock.
 """
 
 import hashlib
@@ -22,28 +23,20 @@ from protocol.errors import (
     WrongRun,
 )
 from protocol.keys import KeyId, PublicKey
-from protocol.limits import MAX_SESSIONS, NONCE_MS, SESSION_MS
+from protocol.limits import MAX_DELEGATION_BYTES, MAX_PEER_DOCUMENT_BYTES, MAX_SESSIONS, NONCE_MS, SESSION_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """Who holds a token."""
+    """Who holds a token, and what the device said of itself."""
 
     device: KeyId
     device_key: PublicKey
     owner: KeyId
     owner_key: PublicKey
-    expires_ms: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proven:
-    """A device that has proved its key: what it said of itself, and the owner's delegation."""
-
-    device_key: PublicKey
-    owner_key: PublicKey
     proof: SessionProof
     delegation_envelope: bytes
+    expires_ms: int
 
 
 class Sessions:
@@ -74,15 +67,19 @@ class Sessions:
             self._nonces.popitem(last=False)
         return nonce
 
-    def prove(self, proof_envelope: bytes, delegation_envelope: bytes, now_ms: int) -> Proven:
-        """Check a device's proof: 0 owner's delegation, 1 signature, 2 run and server, 3 nonce, 4 numerics, 5 terms."""
-        claimed = parse_payload(DeviceDelegation, parse_envelope(delegation_envelope).payload)
+    def prove(self, proof_envelope: bytes, delegation_envelope: bytes, now_ms: int) -> Session:
+        """Check a device's proof and return the session that it may have.
+
+        Checks: 0 the owner's delegation, 1 signature, 2 run and server, 3 nonce, 4 numerics, 5 terms.
+        """
+        unverified = parse_envelope(delegation_envelope, max_bytes=MAX_DELEGATION_BYTES)
+        claimed = parse_payload(DeviceDelegation, unverified.payload)
         owner_key = PublicKey.from_hex(claimed.owner_public_key)
         delegation = verify(DeviceDelegation, delegation_envelope, owner_key)  # 0
         device_key = PublicKey.from_hex(delegation.device_public_key)
         if device_key == owner_key:
             raise DelegationInvalid("An owner's key can't be a device key as well; make a device key.")
-        proof = verify(SessionProof, proof_envelope, device_key)  # 1
+        proof = verify(SessionProof, proof_envelope, device_key, max_bytes=MAX_PEER_DOCUMENT_BYTES)  # 1
         if proof.run != self._run:  # 2
             raise WrongRun(f"The session proof is for run {proof.run[:12]}; this is run {self._run[:12]}.")
         if proof.certificate_sha256 != self._certificate_sha256:
@@ -97,18 +94,20 @@ class Sessions:
             )
         if proof.terms_sha256 != self._config.terms_sha256:  # 5
             raise TermsNotAccepted
-        return Proven(device_key=device_key, owner_key=owner_key, proof=proof, delegation_envelope=delegation_envelope)
-
-    def open(self, proven: Proven, now_ms: int) -> bytes:
-        """Give out a token for a proven device."""
-        token = self._random_bytes(32)
-        self._sessions[hashlib.sha256(token).digest()] = Session(
-            device=proven.device_key.key_id,
-            device_key=proven.device_key,
-            owner=proven.owner_key.key_id,
-            owner_key=proven.owner_key,
+        return Session(
+            device=device_key.key_id,
+            device_key=device_key,
+            owner=owner_key.key_id,
+            owner_key=owner_key,
+            proof=proof,
+            delegation_envelope=delegation_envelope,
             expires_ms=now_ms + SESSION_MS,
         )
+
+    def open(self, session: Session) -> bytes:
+        """Give out a token for a session."""
+        token = self._random_bytes(32)
+        self._sessions[hashlib.sha256(token).digest()] = session
         while len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
         return token

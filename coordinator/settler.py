@@ -1,8 +1,8 @@
 """The settler process: jobs in, results out. It reads what strangers sent, merges and measures; it has no database,
 no keys and no port.
 
-One JSON object a line each way, over a socket that the supervisor made. Jobs: `describe`, `admit` (is this file a
-delta of this run?), `merge`, `evaluate`. The heavy ones run one at a time each, beside the admissions.
+One JSON object a line each way, over a socket that the supervisor made. Jobs: `describe`, `ping`, `admit` (is this file
+a delta of this run?), `merge`, `evaluate`. The heavy ones run one at a time each, beside the admissions.
 """
 
 import json
@@ -21,8 +21,8 @@ from diloco.container import Container, container_size
 from diloco.merge import MergeInput, merge_round
 from protocol import layout
 from protocol.documents import Artifact, FileEntry, RunConfig
-from protocol.errors import Bug, CommonweightError
-from verify.admission import admit_delta
+from protocol.errors import Bug, BytesRefused, CheckpointCorrupt, CommonweightError
+from verify.admission import admit_delta, file_sha256
 from verify.replay import codec_config, conditioning_config, delta_schema, model_config, outer_config
 
 logger = logging.getLogger(__name__)
@@ -51,13 +51,22 @@ def admit(config: RunConfig, job: Job) -> Job:
 
 
 def merge(config: RunConfig, job: Job) -> Job:
-    """Merge a round's deltas into `out`; return the entries of the two files written there."""
+    """Merge a round's deltas into `out`; return the entries of the two files written there.
+
+    Everything is read and hashed again first: a bit that a disk has flipped since the receipt would otherwise go into a
+    signed checkpoint that nobody could derive again.
+
+    Raises:
+        CheckpointCorrupt, BytesRefused: a file is not what was signed for it; the message names it.
+    """
     base, out = Path(job["base"]), Path(job["out"])
-    schema, codec = delta_schema(config), codec_config(config)
+    for path, sha256 in job["base_files"].items():
+        if file_sha256(base / path) != sha256:
+            raise CheckpointCorrupt(f"{base / path} is not what the manifest signed; restore it from a backup.")
     inputs = [
         MergeInput(
             claim_digest=bytes.fromhex(entry["claim"]),
-            container=Container.open(Path(entry["path"]), schema, codec, bytes.fromhex(entry["unit"])),
+            container=_checked(Path(entry["path"]), config, entry),
             weight=entry["weight"],
         )
         for entry in job["entries"]
@@ -79,6 +88,23 @@ def merge(config: RunConfig, job: Job) -> Job:
         for path, digest in ((layout.WEIGHTS, result.weights), (layout.MOMENTUM, result.momentum))
     ]
     return {"files": [asdict(entry) for entry in files]}
+
+
+def _checked(path: Path, config: RunConfig, entry: Job) -> Container:
+    artifact = Artifact(
+        role=layout.ROLE_DELTA,
+        content_sha256=entry["content_sha256"],
+        blob_sha256=entry["blob_sha256"],
+        size=entry["size"],
+    )
+    try:
+        admit_delta(path, config=config, unit=entry["unit"], artifact=artifact)
+    except (BytesRefused, OSError) as error:
+        raise CheckpointCorrupt(
+            f"The delta of claim {entry['claim'][:12]} at {path} is not what was received ({error}); restore the file "
+            "from a backup, the round then goes on."
+        ) from None
+    return Container.open(path, delta_schema(config), codec_config(config), bytes.fromhex(entry["unit"]))
 
 
 def evaluate(config: RunConfig, job: Job) -> Job:
@@ -112,12 +138,14 @@ class Settler:
         self._writing = threading.Lock()
         self._pools = {
             "describe": ThreadPoolExecutor(1),
+            "ping": ThreadPoolExecutor(1),
             "admit": ThreadPoolExecutor(2),
             "merge": ThreadPoolExecutor(1),
             "evaluate": ThreadPoolExecutor(1),
         }
         self._work: dict[str, Callable[[Job], Job]] = {
             "describe": lambda _: describe(config),
+            "ping": lambda _: {},
             "admit": lambda job: admit(config, job),
             "merge": lambda job: merge(config, job),
             "evaluate": lambda job: evaluate(config, job),

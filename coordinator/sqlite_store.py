@@ -193,6 +193,10 @@ class SqliteStore:
         """See `Store.leased_attempt`."""
         return self._one(attempt_of, "leased_attempt", device=device)
 
+    def leased_count(self, owner: KeyId) -> int:
+        """See `Store.leased_count`."""
+        return self._count("leased_count", owner=owner)
+
     def uploading_attempts(self, device: KeyId) -> tuple[Attempt, ...]:
         """See `Store.uploading_attempts`."""
         return self._all(attempt_of, "uploading_attempts", device=device)

@@ -37,6 +37,12 @@ class Staging:
             raise ValueError(f"{role[:80]!r} is not an artifact's role")
         return self._root / f"{claim}.{role}"
 
+    def has_room(self) -> bool:
+        """Say whether the disk has more than the reserve."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        free = os.statvfs(self._root)
+        return free.f_bavail * free.f_frsize >= self._reserve_bytes
+
     def offset(self, claim: Digest, role: str) -> int:
         """Return how many bytes are stored, which is where the next chunk must start."""
         try:

@@ -129,6 +129,10 @@ class Store(Protocol):
         """Return the attempt that the device trains."""
         ...
 
+    def leased_count(self, owner: KeyId) -> int:
+        """Return how many LEASED attempts the owner's devices have."""
+        ...
+
     def uploading_attempts(self, device: KeyId) -> tuple[Attempt, ...]:
         """Return the device's CLAIMED and SKETCHED attempts, the nearest deadline first."""
         ...

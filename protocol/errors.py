@@ -317,8 +317,15 @@ class CoordinatorDiskFull(TryLater):
     code = "COORDINATOR_DISK_FULL"
 
 
+class RequestTooSlow(TryLater):
+    """The call's message did not follow its headers within ten seconds."""
+
+    code = "REQUEST_TOO_SLOW"
+    status = "DEADLINE_EXCEEDED"
+
+
 class UploadTooSlow(TryLater):
-    """No chunk of the upload arrived for 90 seconds, so it was cut; it resumes where it stopped."""
+    """The upload brought less than 12 KiB a second and was cut; it resumes where it stopped."""
 
     code = "UPLOAD_TOO_SLOW"
     status = "DEADLINE_EXCEEDED"

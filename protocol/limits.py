@@ -21,8 +21,16 @@ MAX_RECEIVE_BYTES: Final = 2 * MIB
 """Largest gRPC message that either side accepts, after decompression. This is what disarms a gzip bomb."""
 MAX_METADATA_BYTES: Final = 8 * KIB
 """Largest set of gRPC headers. A session token and a few words fit in one tenth of it."""
-MAX_CONCURRENT_RPCS: Final = 512
+MAX_CONCURRENT_RPCS: Final = 4_096
+"""Calls that gRPC lets in at once; a backstop behind the limits below, which refuse with a code."""
+MAX_CALLS_AT_ONCE: Final = 2_048
 """Calls served at once, all peers together; the next one is told to come back."""
+MAX_CALLS_AT_ONCE_PER_ADDRESS: Final = 256
+"""Calls that one address prefix may have open at once: some 80 workers with three calls each."""
+MAX_CALLS_AT_ONCE_PER_DEVICE: Final = 12
+"""Calls that one device may have open at once; a worker needs three or four."""
+REQUEST_PATIENCE_MS: Final = 10 * SECOND_MS
+"""Longest wait for a call's first message after its headers; a caller that says nothing loses its place."""
 MAX_STREAMS_PER_CONNECTION: Final = 16
 """Calls that one connection may have open at once; a worker needs three."""
 MAX_SESSIONS: Final = 65_536
@@ -39,6 +47,10 @@ UPLOAD_MIN_BYTES_PER_MINUTE: Final = UPLOAD_CHUNK_BYTES * MINUTE_MS // UPLOAD_CH
 # --- documents -----------------------------------------------------------------------------------------------
 MAX_ENVELOPE_BYTES: Final = 256 * KIB
 """Largest signed envelope taken over the wire. A claim is 2 KiB."""
+MAX_PEER_DOCUMENT_BYTES: Final = 16 * KIB
+"""Largest envelope that a volunteer may send: a claim is 3 KiB, and what is stored for ever must be small."""
+MAX_DELEGATION_BYTES: Final = 2 * KIB
+"""Largest envelope of a device's delegation, which is stored for each device; it has 600 bytes."""
 MAX_PUBLIC_DOCUMENT_BYTES: Final = 64 * MIB
 """Largest signed document read from a file or over HTTP: a manifest that lists every delta of a big round."""
 MAX_SIGNATURES: Final = 4
@@ -83,8 +95,21 @@ DELEGATION_MS: Final = 730 * DAY_MS
 CERTIFICATE_MS: Final = 3_650 * DAY_MS
 """How long the coordinator's own certificate is good for; the signed endpoint statement is what limits its use."""
 
+SETTLER_PATIENCE_MS: Final = 5 * MINUTE_MS
+"""Longest wait for the settler to admit a delta, or to answer at all; then it counts as dead and is started again."""
+
+# --- the public files ----------------------------------------------------------------------------------------
+HTTP_HEADER_MS: Final = 10 * SECOND_MS
+"""Longest wait for a request's headers on a new connection."""
+MAX_HTTP_CONNECTIONS_PER_ADDRESS: Final = 256
+"""HTTP connections that one address prefix may hold at once."""
+
 # --- people --------------------------------------------------------------------------------------------------
 LEASED_PER_DEVICE: Final = 1
 """Units that one device trains at once."""
+LEASES_PER_OWNER_SHARE: Final = 4
+"""One owner's devices may hold a quarter (1/4) of a round's units at once: nobody can lock a round up."""
+LEASES_PER_OWNER_AT_LEAST: Final = 4
+"""However small a round is, an owner with a few computers can use them all."""
 UPLOADING_PER_DEVICE: Final = 1
 """Claims that one device may have without their bytes having arrived, beside the unit that it trains."""

@@ -4,7 +4,9 @@ A call that is not in `CALLS` cannot be served, and a server whose handlers are 
 not start: an RPC without an auth rule cannot exist.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum, unique
 from typing import Any, Final
@@ -14,13 +16,22 @@ import grpc.aio
 
 from protocol import calls
 from protocol.convert import decoder, encode
-from protocol.errors import ERRORS_BY_CODE, Bug, CommonweightError, LocalProblem, TryLater, Unreachable
+from protocol.errors import (
+    ERRORS_BY_CODE,
+    Bug,
+    CommonweightError,
+    LocalProblem,
+    PayloadInvalid,
+    RequestTooSlow,
+    TryLater,
+    Unreachable,
+)
 from protocol.limits import (
-    MAX_CONCURRENT_RPCS,
     MAX_METADATA_BYTES,
     MAX_RECEIVE_BYTES,
     MAX_STREAMS_PER_CONNECTION,
     MINUTE_MS,
+    REQUEST_PATIENCE_MS,
     SECOND_MS,
 )
 
@@ -112,10 +123,16 @@ def _decoded_or_refusal(kind: type[Any]) -> Callable[[bytes], Any]:
     return decoded
 
 
-def service_handler(implementation: object) -> grpc.GenericRpcHandler:
+Door = Callable[[grpc.aio.ServicerContext[Any, Any]], AbstractContextManager[None]]
+"""What a call passes before its first message is awaited; raises a `CommonweightError` to keep it out."""
+
+
+def service_handler(implementation: object, *, door: Door | None = None) -> grpc.GenericRpcHandler:
     """Return the gRPC handler that serves `implementation`, whose methods are named as in `CALLS`.
 
-    A request that can't be decoded reaches the method as a `CommonweightError` instead of a message.
+    A request that can't be decoded reaches the method as a `CommonweightError` instead of a message. On the wire all is
+    as in the proto file; here every call is taken as a stream, because gRPC would wait for ever, and uncounted, for the
+    one message of a unary call.
 
     Raises `TypeError` if a call of the table is not implemented.
     """
@@ -124,22 +141,52 @@ def service_handler(implementation: object) -> grpc.GenericRpcHandler:
         method = getattr(implementation, name, None)
         if method is None:
             raise TypeError(f"{type(implementation).__name__} does not implement {name}")
-        make = grpc.stream_unary_rpc_method_handler if call.client_streams else grpc.unary_unary_rpc_method_handler
-        handlers[name] = make(
-            method, request_deserializer=_decoded_or_refusal(call.request), response_serializer=encode
+        handlers[name] = grpc.stream_unary_rpc_method_handler(
+            _behind_door(method if call.client_streams else _with_one_message(method), door or _open_door),
+            request_deserializer=_decoded_or_refusal(call.request),
+            response_serializer=encode,
         )
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+def _open_door(_context: object) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _behind_door(method: Callable[..., Any], door: Door) -> Callable[..., Any]:
+    async def served(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            with door(context):
+                return await method(requests, context)
+        except CommonweightError as error:
+            code, sentence, metadata = status_of(error)
+            await context.abort(code, sentence, trailing_metadata=metadata)
+
+    return served
+
+
+def _with_one_message(method: Callable[..., Any]) -> Callable[..., Any]:
+    async def served(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await method(await first_message(requests), context)
+
+    return served
+
+
+async def first_message(requests: AsyncIterator[Any]) -> Any:
+    """Return a call's first message; raise `RequestTooSlow` if it does not come, `PayloadInvalid` if there is none."""
+    try:
+        async with asyncio.timeout(REQUEST_PATIENCE_MS / 1000):
+            return await anext(aiter(requests))
+    except TimeoutError:
+        raise RequestTooSlow from None
+    except StopAsyncIteration:
+        raise PayloadInvalid("The call ended without a message.") from None
 
 
 def check_table(methods_of_service: Sequence[str]) -> None:
     """Raise `TypeError` unless `CALLS` covers exactly the methods of the proto file."""
     if set(CALLS) != set(methods_of_service):
         raise TypeError(f"CALLS and the proto file differ in {sorted(set(CALLS) ^ set(methods_of_service))}")
-
-
-def maximum_concurrent_rpcs() -> int:
-    """Return how many calls the server serves at once."""
-    return MAX_CONCURRENT_RPCS
 
 
 def stub(channel: grpc.aio.Channel, name: str) -> Any:

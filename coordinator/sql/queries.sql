@@ -78,6 +78,9 @@ WHERE lease = :lease
 -- name: leased_attempt
 SELECT * FROM attempts WHERE device = :device AND state = 'leased';
 
+-- name: leased_count
+SELECT count(*) AS number FROM attempts WHERE owner = :owner AND state = 'leased';
+
 -- name: uploading_attempts
 SELECT * FROM attempts WHERE device = :device AND state IN ('claimed', 'sketched') ORDER BY deadline_ms, sequence;
 

@@ -87,25 +87,39 @@ def test_two_connections_cannot_send_one_artifact_at_once(served: LiveRun, folde
     asyncio.run(story())
 
 
+def set_reserve(run: LiveRun, before: int, after: int) -> None:
+    """Stop the coordinator, change its disk reserve, and serve again."""
+    run.stop()
+    settings = run.directory.settings_file
+    text = settings.read_text()
+    assert f"reserve_mib = {before}\n" in text
+    settings.write_text(text.replace(f"reserve_mib = {before}\n", f"reserve_mib = {after}\n"))
+    run.start()
+
+
 def test_below_its_disk_reserve_the_coordinator_takes_no_uploads_and_says_so(folder: Path) -> None:
-    async def story(run: LiveRun) -> None:
+    async def claim(run: LiveRun) -> tuple[Peer, Work]:
         async with connected(run.join) as peer:
             work = peer.work(await peer.lease(), folder / "delta")
             receipt = await peer.submit(work)
             await peer.sketch(work, receipt)
-            error = await refused(peer.upload(work))
-            assert isinstance(error, TryLater)
-            assert error.code == "COORDINATOR_DISK_FULL"
-            assert await peer.offset(work) == 0
-            run.stop()
-            settings = run.directory.settings_file
-            settings.write_text(settings.read_text().replace("reserve_mib = 100000000", "reserve_mib = 1"))
-            run.start()
+            return peer, work
+
+    async def deliver(run: LiveRun, peer: Peer, work: Work) -> bytes:
         async with connected(run.join, session=False) as again:
             again.device, again.owner = peer.device, peer.owner
             await again.open_session()
-            assert await again.upload(work)
+            return await again.upload(work)
 
-    with LiveRun(folder, ("storage.reserve_mib=100000000",)) as run:
+    async def turned_away(run: LiveRun, peer: Peer, work: Work) -> None:
+        for refusal in (await refused(deliver(run, peer, work)), await refused(claim(run))):
+            assert isinstance(refusal, TryLater)
+            assert refusal.code == "COORDINATOR_DISK_FULL"
+
+    with LiveRun(folder) as run:
         run.start()
-        asyncio.run(story(run))
+        peer, work = asyncio.run(claim(run))
+        set_reserve(run, 1, 100_000_000)
+        asyncio.run(turned_away(run, peer, work))
+        set_reserve(run, 100_000_000, 1)
+        assert asyncio.run(deliver(run, peer, work))
