@@ -1,6 +1,9 @@
 """`commonweight demo`: a whole run on this machine, in a few minutes."""
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,6 +56,15 @@ def _check_packages() -> None:
         )
 
 
+def _own_command() -> str:
+    """Return what to type to call this very program again."""
+    installed = shutil.which("commonweight")
+    mine = Path(sys.executable).with_name("commonweight")
+    if installed is not None and Path(installed).absolute() == mine.absolute():
+        return "commonweight"
+    return os.path.relpath(mine)
+
+
 def _report(run: "DemoRun", options: "DemoOptions") -> None:
     """Draw, plot, score and say; raise `TargetMissed` if too few digits are recognised."""
     from commonweight import demo_report as report
@@ -83,7 +95,7 @@ def _report(run: "DemoRun", options: "DemoOptions") -> None:
         f"held-out loss: {plot}",
         f"score:         {100 * score.share:.1f} % of {score.generated} generated digits are recognised ({target})",
         f"               the classifier recognises {100 * score.classifier_accuracy:.1f} % of the real held-out digits",
-        f"check it:      commonweight checkpoint rebuild {run.directory.root}",
+        f"check it:      {_own_command()} checkpoint rebuild {run.directory.root}",
     ):
         typer.echo(line)
     if score.share < report.TARGET:
