@@ -6,9 +6,8 @@ goes on from the database and the directory.
 """
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -23,22 +22,16 @@ from coordinator.sessions import Session
 from coordinator.settler_client import SettlerClient
 from coordinator.staging import Staging
 from coordinator.units import UnitState
+from coordinator.uploads import Uploads
 from protocol import layout
 from protocol.calls import Instruction
 from protocol.documents import Digest, FileEntry
 from protocol.errors import (
-    BytesRefused,
     CommonweightError,
     CoordinatorDiskFull,
-    DeltaTruncated,
-    DigestMismatch,
     HistoryDiffers,
-    Refusal,
-    ServerBusy,
-    UploadInProgress,
-    UploadOffsetWrong,
 )
-from protocol.limits import LEASE_WAIT_MS, SETTLER_PATIENCE_MS, STAGING_GRACE_MS, UPLOAD_CHUNK_BYTES
+from protocol.limits import LEASE_WAIT_MS, SETTLER_PATIENCE_MS, STAGING_GRACE_MS
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +68,9 @@ class Control:
         self._retain_rounds = retain_rounds
         self._writer = writer
         self._clock_floor_ms = 0
-        self._uploading: set[tuple[str, str]] = set()
+        self.uploads = Uploads(
+            decide=self.decide, changed=self._upload_ended, staging=staging, blobs=blobs, settler=settler
+        )
         self._changed = asyncio.Condition()
         self._round_closed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
@@ -146,112 +141,13 @@ class Control:
         """Take a sketch."""
         return await self.decide(lambda desk: claims.submit_sketch(desk, session, claim, sketch))
 
-    async def upload_state(self, session: Session, claim: bytes, role: str) -> tuple[int, bytes]:
-        """Return (bytes stored, receipt or nothing) of an artifact."""
-        expected = await self.decide(lambda desk: claims.expected_artifact(desk, session, claim, role))
-        if isinstance(expected, bytes):
-            return 0, expected
-        return await asyncio.to_thread(self._staging.offset, expected.claim, role), b""
-
     async def verdicts(self, session: Session, asked: tuple[bytes, ...]) -> tuple[bytes, ...]:
         """Return the verdicts that are known."""
         return await self.decide(lambda desk: claims.verdicts(desk, session, asked))
 
-    # --- uploads ---------------------------------------------------------------------------------------------
-
-    async def upload(
-        self, session: Session, claim: bytes, role: str, offset: int, chunks: AsyncIterator[bytes]
-    ) -> bytes:
-        """Take an artifact's bytes from `offset` on; return the receipt once all are there and were checked.
-
-        A stream that ends early keeps what it brought, and raises `DeltaTruncated`.
-        """
-        expected = await self.decide(lambda desk: claims.expected_artifact(desk, session, claim, role))
-        if isinstance(expected, bytes):
-            return expected
-        place = (expected.claim, role)
-        if place in self._uploading:
-            raise UploadInProgress
-        self._uploading.add(place)
-        # A task of its own: a volunteer whose line breaks after the last byte finds the receipt when it asks again.
-        receiving = asyncio.create_task(self._receive(place, expected, offset, chunks))
-        try:
-            return await asyncio.shield(receiving)
-        except asyncio.CancelledError:
-            receiving.add_done_callback(_end_quietly)
-            raise
-
-    async def _receive(
-        self, place: tuple[str, str], expected: claims.Expected, offset: int, chunks: AsyncIterator[bytes]
-    ) -> bytes:
-        try:
-            digest = await self._store_chunks(expected, offset, chunks)
-            return await self._finish_upload(expected, digest)
-        finally:
-            self._uploading.discard(place)
-
-    async def _store_chunks(self, expected: claims.Expected, offset: int, chunks: AsyncIterator[bytes]) -> str:
-        """Append the stream to the staged file, hashing on the way; return the SHA-256 of the whole file."""
-        artifact, claim = expected.artifact, expected.claim
-        stored = await asyncio.to_thread(self._staging.offset, claim, artifact.role)
-        if offset != stored:
-            raise UploadOffsetWrong(f"The upload starts at byte {offset}, but {stored} bytes are stored.")
-        hasher = hashlib.sha256()
-        if offset:
-            await asyncio.to_thread(_hash_prefix, self._staging.path(claim, artifact.role), offset, hasher)
-
-        def store(at: int, data: bytes) -> None:
-            self._staging.append(claim, artifact.role, at, data, artifact.size)
-            hasher.update(data)
-
-        storing: asyncio.Future[None] | None = None
-        try:
-            async for data in chunks:
-                if storing is not None:
-                    await storing
-                # The next chunk travels while this one is hashed and written.
-                storing = asyncio.ensure_future(asyncio.to_thread(store, offset, data))
-                offset += len(data)
-        finally:
-            if storing is not None:
-                await asyncio.shield(storing)
-        if offset < artifact.size:
-            raise DeltaTruncated(f"The upload ended at byte {offset} of {artifact.size}; continue from there.")
-        return hasher.hexdigest()
-
-    async def _finish_upload(self, expected: claims.Expected, digest: str) -> bytes:
-        artifact, claim, lease = expected.artifact, expected.claim, expected.attempt.lease
-        if digest != artifact.blob_sha256:
-            await asyncio.to_thread(self._staging.discard, claim, artifact.role)
-            raise DigestMismatch(
-                f"The uploaded bytes have SHA-256 {digest[:12]}…, the claim says {artifact.blob_sha256[:12]}…; "
-                "what was stored is thrown away, send it again from the start."
-            )
-        job: dict[str, Any] = {
-            "path": str(self._staging.path(claim, artifact.role)),
-            "unit": expected.attempt.unit,
-            "artifact": asdict(artifact),
-            "file_digest": digest,
-        }
-        # The disk writes while the settler reads.
-        syncing = asyncio.create_task(asyncio.to_thread(self._staging.sync, claim, artifact.role))
-        try:
-            async with asyncio.timeout(SETTLER_PATIENCE_MS / 1000):
-                await self._settler.call("admit", **job)
-            await syncing
-        except TimeoutError:
-            raise ServerBusy("The coordinator could not check the delta in time; it is kept, ask again.") from None
-        except BytesRefused as refused:
-            refusal: Refusal = refused
-            await self.decide(lambda desk: claims.record_refused(desk, lease, refusal))
-            await syncing
-            await asyncio.to_thread(self._staging.discard, claim, artifact.role)
-            await self._wake()
-            raise
-        await asyncio.to_thread(self._blobs.add, self._staging.path(claim, artifact.role), Digest(digest))
-        receipt = await self.decide(lambda desk: claims.record_received(desk, lease))
+    async def _upload_ended(self) -> None:
         await self.turn()
-        return receipt
+        await self._wake()
 
     # --- the clockwork ---------------------------------------------------------------------------------------
 
@@ -416,17 +312,3 @@ class Control:
             "units_assigned": counts.get(UnitState.ASSIGNED, 0),
             "units_accepted": desk.store.received_count(current.round),
         }
-
-
-def _end_quietly(task: "asyncio.Task[bytes]") -> None:
-    """Look at the outcome of an upload that nobody waits for any more, so that it is not reported as forgotten."""
-    if not task.cancelled():
-        task.exception()
-
-
-def _hash_prefix(path: Path, length: int, hasher: "hashlib._Hash") -> None:
-    with path.open("rb") as file:
-        left = length
-        while left and (data := file.read(min(UPLOAD_CHUNK_BYTES, left))):
-            hasher.update(data)
-            left -= len(data)

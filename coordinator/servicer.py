@@ -149,7 +149,7 @@ class Servicer:
     @_call
     async def GetUpload(self, request: calls.GetUploadRequest, session: Session) -> calls.GetUploadReply:
         """Say how much of an artifact is stored."""
-        offset, receipt = await self._control.upload_state(session, request.claim, request.role)
+        offset, receipt = await self._control.uploads.state(session, request.claim, request.role)
         return calls.GetUploadReply(offset=offset, receipt_envelope=receipt)
 
     @_call
@@ -174,7 +174,7 @@ class Servicer:
             async for request in stream:
                 yield request.data
 
-        receipt = await self._control.upload(session, first.claim, first.role, first.offset, chunks())
+        receipt = await self._control.uploads.receive(session, first.claim, first.role, first.offset, chunks())
         return calls.UploadReply(receipt_envelope=receipt)
 
     @_call

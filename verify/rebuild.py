@@ -121,14 +121,7 @@ def rebuild(
         state = _rebuild_round(public, out, manifest, state, trust.config)
         shutil.rmtree(_workplace(out, manifest.checkpoint - 1), ignore_errors=True)
         if on_round is not None:
-            on_round(
-                RebuiltRound(
-                    checkpoint=manifest.checkpoint,
-                    last=manifests[-1].checkpoint,
-                    deltas=len(manifest.merged),
-                    weights_sha256=_weights_sha256(manifest),
-                )
-            )
+            on_round(_rebuilt(manifest, last=manifests[-1].checkpoint))
     _finish(out, manifests[-1], state, trust.config)
     return RebuildReport(
         run=trust.run,
@@ -136,6 +129,15 @@ def rebuild(
         deltas=sum(len(manifest.merged) for manifest in manifests[start + 1 :]),
         weights_sha256=_weights_sha256(manifests[-1]),
         directory=out,
+    )
+
+
+def _rebuilt(manifest: Manifest, *, last: int) -> RebuiltRound:
+    return RebuiltRound(
+        checkpoint=manifest.checkpoint,
+        last=last,
+        deltas=len(manifest.merged),
+        weights_sha256=_weights_sha256(manifest),
     )
 
 
