@@ -11,6 +11,7 @@ from mmdit.conditioning import encode
 from mmdit.export import Loaded
 from mmdit.sample import sample
 from mmdit.space import ByteImages
+from protocol.errors import CheckpointCorrupt
 
 STEPS = 30
 GUIDANCE = 3.0
@@ -35,6 +36,10 @@ def draw(
         steps: Euler steps.
         guidance: how much the caption is exaggerated; 1 is not at all.
         device: where the model is.
+
+    Raises:
+        CheckpointCorrupt: what comes out is no picture: its weights hold NaN or infinities, or lead to them.
+        ValueError: a caption is no Unicode text.
     """
     space = checkpoint.space
     shape = (space.channels, space.height, space.width)
@@ -53,5 +58,11 @@ def draw(
             guidance=guidance,
             shift=checkpoint.shift,
         )
-        pictures.append(space.decode(latents.cpu().numpy()))
+        drawn = latents.cpu().numpy()
+        if not np.isfinite(drawn).all():
+            raise CheckpointCorrupt(
+                "The checkpoint draws numbers that are not finite (NaN or infinity): its weights are damaged, or its "
+                "training has diverged. Fetch it again, or take an older one."
+            )
+        pictures.append(space.decode(drawn))
     return np.concatenate(pictures)

@@ -11,12 +11,13 @@ the same bytes, by the coordinator that is restored.
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import BinaryIO, Final
 
 from coordinator.directory import PUBLIC_FOLDERS, RunDirectory, disk_trouble_explained, sync, write_file
 from coordinator.sqlite_file import backup_database
@@ -24,10 +25,14 @@ from protocol import layout
 from protocol.canonical import canonical_json, parse_json
 from protocol.documents import RunId
 from protocol.errors import BackupDamaged, DirectoryNotEmpty, PayloadInvalid, UsageError
+from protocol.limits import GIB
+from verify.plain_files import open_plain, read_plain
 
 LIST: Final = "BACKUP.json"
 FORMAT: Final = 1
 _CHUNK: Final = 1 << 20
+_MOST_LIST_BYTES: Final = 1 * GIB
+_HEX_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _IMMUTABLE: Final = ("blobs/", "public/shards/", "public/checkpoints/", "public/deltas/")
 
 
@@ -174,23 +179,45 @@ def _digest(path: Path) -> tuple[str, int]:
 
 
 def _read_list(source: Path) -> tuple[RunId, list[BackedUp]]:
+    listing = source / LIST
     try:
-        content: Any = parse_json((source / LIST).read_bytes())
-        if content["format"] != FORMAT:
-            raise BackupDamaged(f"{source / LIST} has format {content['format']}; this version reads format {FORMAT}.")
-        listed = [BackedUp(path=row["path"], sha256=row["sha256"], size=row["size"]) for row in content["files"]]
-        for entry in listed:
-            path = PurePosixPath(entry.path)
-            if path.is_absolute() or ".." in path.parts or not path.parts:
-                # Stops a doctored list from writing outside of the directory.
-                raise BackupDamaged(f"{source / LIST} lists {entry.path!r}, which is no path inside a run.")
-        return RunId(content["run"]), listed
+        content: object = parse_json(read_plain(listing, _MOST_LIST_BYTES))
     except OSError as error:
         raise BackupDamaged(
             f"{source} holds no finished backup ({LIST}: {error.strerror}); choose another, or take a new one."
         ) from None
-    except (PayloadInvalid, KeyError, TypeError) as error:
-        raise BackupDamaged(f"{source / LIST} can't be read: {error}.") from None
+    except PayloadInvalid as error:
+        raise BackupDamaged(f"{listing} can't be read: {error.message}") from None
+    match content:
+        case {"format": int(version), **_rest} if version != FORMAT:
+            raise BackupDamaged(f"{listing} has format {version}; this version reads format {FORMAT}.")
+        case {"format": int(), "run": str(run), "files": list(rows)} if _HEX_DIGEST.fullmatch(run):
+            listed = [_listed(listing, row) for row in rows]
+        case _:
+            raise BackupDamaged(f"{listing} can't be read: it is no list of a backup.")
+    if len({PurePosixPath(entry.path) for entry in listed}) != len(listed):
+        raise BackupDamaged(f"{listing} lists a file twice.")
+    return RunId(run), listed
+
+
+def _listed(listing: Path, row: object) -> BackedUp:
+    match row:
+        case {"path": str(path), "sha256": str(sha256), "size": int(size)} if _HEX_DIGEST.fullmatch(sha256):
+            parts = PurePosixPath(path).parts
+            if not parts or parts[0] == "/" or ".." in parts or "\0" in path or not _is_unicode(path):
+                # Stops a doctored list from writing outside of the directory.
+                raise BackupDamaged(f"{listing} lists {path[:200]!r}, which is no path inside a run.")
+            return BackedUp(path=path, sha256=sha256, size=size)
+        case _:
+            raise BackupDamaged(f"{listing} can't be read: an entry names no path, SHA-256 and size.")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a pair of surrogates
+        return False
+    return True
 
 
 def _restore_file(source: Path, place: Path, entry: BackedUp) -> None:
@@ -199,11 +226,29 @@ def _restore_file(source: Path, place: Path, entry: BackedUp) -> None:
     if entry.path.startswith("keys/"):
         target.parent.chmod(0o700)
     try:
-        shutil.copy(source / entry.path, target)
+        file = open_plain(source / entry.path, follow=False)
     except FileNotFoundError:
         raise BackupDamaged(f"{source} lacks the file {entry.path}; nothing was restored.") from None
-    if _digest(target) != (entry.sha256, entry.size):
-        raise BackupDamaged(f"{source / entry.path} was changed since the backup; nothing was restored.")
+    except OSError as error:
+        raise BackupDamaged(f"{source / entry.path} can't be read ({error.strerror}); nothing was restored.") from None
+    with file:
+        # The size comes first: what is larger than listed is not copied at all.
+        same_size = os.fstat(file.fileno()).st_size == entry.size
+        if not same_size or _copy(file, target, entry.size) != entry.sha256:
+            raise BackupDamaged(f"{source / entry.path} was changed since the backup; nothing was restored.")
+
+
+def _copy(file: BinaryIO, target: Path, size: int) -> str:
+    """Copy `size` bytes and the permissions to a new file; return the SHA-256 of what was copied."""
+    hasher = hashlib.sha256()
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as copied:
+        while size and (chunk := file.read(min(size, _CHUNK))):
+            copied.write(chunk)
+            hasher.update(chunk)
+            size -= len(chunk)
+        os.fchmod(copied.fileno(), os.fstat(file.fileno()).st_mode & 0o777)
+    return hasher.hexdigest()
 
 
 def _make_empty(target: Path) -> None:

@@ -26,7 +26,7 @@ from coordinator.clock import WallClock
 from coordinator.directory import RunDirectory, write_file
 from coordinator.signed import differences
 from protocol.canonical import canonical_json
-from protocol.errors import CommonweightError, ConfigInvalid, DelegationInvalid
+from protocol.errors import CommonweightError, ConfigInvalid, DelegationInvalid, DirectoryNotARun
 from protocol.join import JoinString
 from protocol.limits import DAY_MS
 
@@ -234,8 +234,10 @@ def serving_file(directory: RunDirectory) -> Path:
 
 
 def read_serving(directory: RunDirectory) -> Serving | None:
-    """Return where a run is served, or None when it is not."""
+    """Return where a run is served, or None when it is not; raise `DirectoryNotARun` if the file is damaged."""
     try:
         return Serving(**json.loads(serving_file(directory).read_bytes()))
+    except (ValueError, TypeError, RecursionError):
+        raise DirectoryNotARun(f"{serving_file(directory)} is damaged; stop the coordinator and remove it.") from None
     except FileNotFoundError:
         return None

@@ -32,6 +32,10 @@ from mmdit.config import MMDiTConfig
 from mmdit.presets import PRESETS
 from mmdit.space import PixelSpace
 from protocol.errors import ConfigInvalid
+from protocol.limits import MIB
+from verify.plain_files import read_plain
+
+_MOST_BYTES: Final = 1 * MIB
 
 
 class Settings(BaseModel):
@@ -79,8 +83,10 @@ class Settings(BaseModel):
         """
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # not TOML, or a number of thousands of digits
             raise ConfigInvalid(f"run.toml is not valid TOML: {error}.") from None
+        except RecursionError:
+            raise ConfigInvalid("run.toml is not valid: its values are nested too deeply.") from None
         for override in overrides:
             _override(values, override)
         try:
@@ -95,7 +101,7 @@ class Settings(BaseModel):
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
         """Read a run.toml file; raises `ConfigInvalid` like `parse`, also for a file that can't be read."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_plain(path, _MOST_BYTES).decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigInvalid(f"{path} is not UTF-8 text (byte {error.start}); save it again as UTF-8.") from None
         except OSError as error:
@@ -191,7 +197,7 @@ def _override_value(name: str, text: str) -> object:
     if field is None or field.annotation in (int, float):
         try:
             return tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             return text
     return text
 

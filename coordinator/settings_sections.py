@@ -2,7 +2,7 @@
 
 import ipaddress
 from typing import Any, Final, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -201,17 +201,32 @@ class ServerSettings(_Section):
     def _url(cls, url: str | None) -> str | None:
         if url is None:
             return None
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc or len(url) > 500 or url.split() != [url]:
+        # As strict as a worker is: an address that it refuses would end every worker of the run.
+        try:
+            parts = urlsplit(url)
+            whole = parts.scheme in ("http", "https") and parts.hostname is not None and len(url) <= 500
+        except ValueError:  # an address in brackets that is none
+            whole = False
+        visible = url.isascii() and url.isprintable() and " " not in url
+        if not whole or not visible or "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(
                 f"server.public_url is {show(url)}; it must be a web address, such as "
-                '"https://train.example.org/files", or be left out.'
+                '"https://train.example.org/files" (no password, no "?"), or be left out.'
             )
+        if not _port_is_usable(parts):
+            raise ValueError(f"server.public_url is {show(url)}; its port must be a whole number from 1 to 65535.")
         return url.rstrip("/")
 
     def join_string(self, run: RunId) -> JoinString | None:
         """Return what a volunteer needs to join, or None if the port is only known once the run is served."""
         return JoinString(host=self.advertised_host, port=self.port, run=run) if self.port else None
+
+
+def _port_is_usable(parts: SplitResult) -> bool:
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 class StorageSettings(_Section):

@@ -1,18 +1,26 @@
 """Where a run stands, read from its directory: whether it is served or not, and without disturbing it."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from coordinator.directory import RunDirectory
 from coordinator.rounds import RoundState
-from coordinator.serve import read_serving
+from coordinator.serve import serving_file
 from coordinator.sqlite_store import SqliteStore
 from coordinator.units import UnitState
 from protocol import layout
+from protocol.canonical import parse_json
 from protocol.documents import RunId
+from protocol.errors import LocalProblem, PayloadInvalid
+from protocol.limits import KIB
+from protocol.printing import printable
+from verify.plain_files import read_plain
+
+_MOST_BYTES: Final = 64 * KIB
+_LARGEST_PID: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +51,7 @@ class RunStatus:
         """Return the status as lines for a person."""
         loss = "" if self.heldout_loss is None else f", held-out loss {self.heldout_loss:.4f}"
         lines = [
-            f"run: {self.name} ({self.run[:12]})",
+            f"run: {printable(self.name)} ({self.run[:12]})",
             f"served: {self.join}" if self.join else "served: no",
             f"checkpoint: {self.checkpoint} of {self.planned_rounds} planned{loss}",
         ]
@@ -102,19 +110,41 @@ def _newest_checkpoint(directory: RunDirectory) -> int:
 
 def _heldout_loss(directory: RunDirectory, checkpoint: int) -> float | None:
     try:
-        return float(json.loads((directory.public / layout.metrics_path(checkpoint)).read_bytes())["heldout_loss"])
-    except (OSError, ValueError, KeyError, TypeError):
+        raw = read_plain(directory.public / layout.metrics_path(checkpoint), _MOST_BYTES)
+        return float(parse_json(raw)["heldout_loss"])
+    except (OSError, PayloadInvalid, ValueError, OverflowError, KeyError, TypeError):
         return None  # not measured yet
 
 
 def _join(directory: RunDirectory) -> str | None:
-    serving = read_serving(directory)
-    if serving is None:
-        return None
+    path = serving_file(directory)
     try:
-        os.kill(serving.pids["supervisor"], 0)
-    except (ProcessLookupError, KeyError):
-        return None  # left behind by a supervisor that was killed
+        serving: object = parse_json(read_plain(path, _MOST_BYTES))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None
+    except PayloadInvalid as error:
+        raise _unreadable(path, error.message) from None
+    match serving:
+        case {"join": str(join), "pids": {"supervisor": int(pid)}} if 0 < pid <= _LARGEST_PID:
+            return printable(join) if _is_alive(pid) else None
+        case _:
+            raise _unreadable(path, "it does not say where the run is served")
+
+
+def _unreadable(path: Path, why: str) -> LocalProblem:
+    return LocalProblem(
+        f"{path} can't be read ({why.rstrip('.')}). If the run is not being served, remove the file; "
+        "if it is, restart `serve`, which writes it anew."
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False  # left behind by a supervisor that was killed
     except PermissionError:
         pass  # another user's process: alive
-    return serving.join
+    return True

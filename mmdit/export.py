@@ -6,7 +6,11 @@ scheduler/scheduler_config.json                     for FlowMatchEulerDiscreteSc
 commonweight.json                                   how captions and pictures become numbers
 """
 
+import errno
 import json
+import math
+import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +105,7 @@ def load_checkpoint(directory: Path, *, device: str = "cpu") -> Loaded:
 
 def _load_weights(model: MMDiT, path: Path, device: str) -> None:
     try:
+        os.close(_open_plain(path))  # the library would wait for ever for somebody to write into a named pipe
         state = load_file(path, device=device)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
@@ -115,7 +120,7 @@ def _load_weights(model: MMDiT, path: Path, device: str) -> None:
 
 def _from_file(path: Path, read: Callable[[Mapping[str, object]], _Read]) -> _Read:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(_open_plain(path), "rb") as file:
             content = file.read(_MOST_JSON_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
@@ -126,8 +131,16 @@ def _from_file(path: Path, read: Callable[[Mapping[str, object]], _Read]) -> _Re
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
         return read(values)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OverflowError) as error:  # a number of 400 digits is JSON, too
         raise ValueError(f"{path}: {error}") from error
+
+
+def _open_plain(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return descriptor
 
 
 def _read_description(values: Mapping[str, object]) -> tuple[ConditioningConfig, PixelSpace]:
@@ -152,6 +165,8 @@ def _read_shift(values: Mapping[str, object]) -> float:
         raise ValueError("only FlowMatchEulerDiscreteScheduler without dynamic shifting is known")
     if not isinstance(shift, int | float) or isinstance(shift, bool):
         raise ValueError(f"shift is {shift!r}; it must be a number")
+    if not 0.0 < shift < math.inf:
+        raise ValueError(f"shift is {shift!r}; it must be a positive number")
     return float(shift)
 
 

@@ -34,6 +34,7 @@ from protocol.limits import (
     REQUEST_PATIENCE_MS,
     SECOND_MS,
 )
+from protocol.printing import printable
 
 SERVICE: Final = "commonweight.v1.Coordinator"
 SESSION_METADATA: Final = "cw-session-bin"
@@ -209,16 +210,11 @@ def status_of(error: CommonweightError) -> tuple[grpc.StatusCode, str, tuple[tup
     return grpc.StatusCode[error.status], error.message, tuple(metadata)
 
 
-def _printable(text: str) -> str:
-    """Return the text without what could move a terminal's cursor or hide what it says, and not longer than a page."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text[:1000])
-
-
 def error_of(error: grpc.aio.AioRpcError) -> CommonweightError:
     """Return the error that the other side meant; `Unreachable` when it was the network or gRPC itself."""
     metadata: Mapping[str, Any] = dict(error.trailing_metadata() or ())
     kind = ERRORS_BY_CODE.get(str(metadata.get(ERROR_METADATA, "")))
-    details = _printable(error.details() or "")
+    details = printable((error.details() or "")[:1000])
     if kind is None:
         return Unreachable(f"The coordinator did not answer ({error.code().name}): {details[:200] or 'no details'}.")
     if issubclass(kind, TryLater):

@@ -17,6 +17,7 @@ from protocol.keys import PublicKey
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
 from protocol.trust import RunTrust
 from verify.admission import file_sha256
+from verify.plain_files import read_plain
 
 _MAX_KEY_BYTES = 1024
 
@@ -114,15 +115,11 @@ def check_file(directory: Path, entry: FileEntry) -> None:
 
 
 def read_limited(path: Path, max_bytes: int = MAX_PUBLIC_DOCUMENT_BYTES) -> bytes:
-    """Return a small file's bytes; raise `CheckpointCorrupt` if it is missing, unreadable or too large."""
+    """Return a small file's bytes; raise `CheckpointCorrupt` if it is missing, no plain file, or too large."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(max_bytes + 1)
+        return read_plain(path, max_bytes)
     except OSError as error:
         raise CheckpointCorrupt(f"{path} can't be read: {error.strerror}.") from None
-    if len(raw) > max_bytes:
-        raise CheckpointCorrupt(f"{path} is larger than {max_bytes:,} bytes.")
-    return raw
 
 
 def _papers(directory: Path) -> Path:

@@ -9,6 +9,9 @@ from typing import Final
 
 from protocol.limits import MINUTE_MS, SECOND_MS
 
+SHORTEST_ASKED_MS: Final = SECOND_MS // 2
+LONGEST_ASKED_MS: Final = 5 * MINUTE_MS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
@@ -32,6 +35,11 @@ class Backoff:
         # The exponent is bounded, since a worker that waits for a month would build huge integers.
         bound = min(self.cap_ms, self.base_ms << min(attempt, 32))
         return min(at_least_ms, self.cap_ms) + int(fraction * bound)
+
+
+def as_asked_ms(asked_ms: int) -> int:
+    """Return how long to wait when the other side names a time: neither a busy loop nor for ever, whatever it says."""
+    return min(max(asked_ms, SHORTEST_ASKED_MS), LONGEST_ASKED_MS)
 
 
 DEFAULT_BACKOFF: Final = Backoff(base_ms=SECOND_MS, cap_ms=5 * MINUTE_MS)

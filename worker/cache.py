@@ -8,14 +8,13 @@ Over the cap the least recently used files go, never those that the caller still
 
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from protocol.documents import Digest
-from protocol.errors import CacheTooSmall, DigestMismatch, UnitAbandoned, Unreachable
+from protocol.errors import CacheTooSmall, DigestMismatch, Unreachable
 from worker.durable import disk_named, sync_directory
 from worker.web import Body, PublicSite
 
@@ -57,25 +56,24 @@ class FileCache:
         wanted: Wanted,
         *,
         keep: Collection[Digest],
-        cancelled: threading.Event,
         on_bytes: Callable[[int], None],
     ) -> Path:
         """Return the path of a verified file, fetching what is missing of it.
 
         Args:
             keep: files that must stay, whatever the cap says.
-            cancelled: set to break off; raises `UnitAbandoned`.
             on_bytes: told the number of bytes of each chunk that came over the network.
 
         Raises:
             DigestMismatch: the bytes are not those that were signed for; they were dropped.
             Unreachable, ServerBusy: the server does not answer; what has come is kept.
+            UnitAbandoned: the site's transfers were broken off; what has come is kept.
             DiskFull: what has come is kept.
         """
         final = self.root / "files" / wanted.sha256
         if not self._holds(final, wanted):
             self._make_room(wanted, keep)
-            self._download(site, wanted, final, cancelled, on_bytes)
+            self._download(site, wanted, final, on_bytes)
         os.utime(final)
         self._verified[wanted.sha256] = _identity(final)
         return final
@@ -106,14 +104,7 @@ class FileCache:
                 path.unlink()
                 self._verified.pop(path.name, None)
 
-    def _download(
-        self,
-        site: PublicSite,
-        wanted: Wanted,
-        final: Path,
-        cancelled: threading.Event,
-        on_bytes: Callable[[int], None],
-    ) -> None:
+    def _download(self, site: PublicSite, wanted: Wanted, final: Path, on_bytes: Callable[[int], None]) -> None:
         partial = self.root / "partial" / wanted.sha256
         with disk_named(partial), partial.open("a+b") as file:
             if file.seek(0, os.SEEK_END) >= wanted.size:
@@ -122,7 +113,7 @@ class FileCache:
             with site.open(wanted.path, offset) as body:
                 if body.offset < offset:
                     file.truncate(body.offset)  # the server sends the whole file again
-                received = _append(file, body, wanted, cancelled, on_bytes)
+                received = _append(file, body, wanted, on_bytes)
             if received < wanted.size:
                 raise Unreachable(f"The download of {wanted.path} broke off at {received:,} of {wanted.size:,} bytes.")
             file.flush()
@@ -138,14 +129,10 @@ class FileCache:
             sync_directory(final.parent)
 
 
-def _append(
-    file: BinaryIO, body: Body, wanted: Wanted, cancelled: threading.Event, on_bytes: Callable[[int], None]
-) -> int:
+def _append(file: BinaryIO, body: Body, wanted: Wanted, on_bytes: Callable[[int], None]) -> int:
     """Append what comes, and return the file's length; stop as soon as more comes than was signed for."""
     length = body.offset
     for chunk in body.chunks():
-        if cancelled.is_set():
-            raise UnitAbandoned("The download was broken off on request; it goes on from here next time.")
         length += len(chunk)
         if length > wanted.size:
             file.truncate(0)

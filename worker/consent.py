@@ -7,6 +7,7 @@ from pathlib import Path
 from protocol.canonical import canonical_json, parse_json
 from protocol.documents import Digest, RunConfig
 from protocol.errors import ConsentNeeded, PayloadInvalid
+from protocol.printing import printable, printable_text
 from worker.durable import disk_named, write_durably
 
 Ask = Callable[[str], bool]
@@ -14,11 +15,12 @@ Ask = Callable[[str], bool]
 
 
 def terms_text(config: RunConfig) -> str:
-    """Return what a person is shown."""
+    """Return what a person is shown: only text, whatever the run's config holds."""
+    name, licence = printable(config.name), printable(config.weights_licence)
     return (
-        f'Terms of the run "{config.name}":\n\n{config.terms.strip()}\n\n'
-        f"The trained weights are published under: {config.weights_licence}\n"
-        f"They are trained on: {config.data.name} ({config.data.licence})"
+        f'Terms of the run "{name}":\n\n{printable_text(config.terms.strip())}\n\n'
+        f"The trained weights are published under: {licence}\n"
+        f"They are trained on: {printable(config.data.name)} ({printable(config.data.licence)})"
     )
 
 

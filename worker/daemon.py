@@ -9,7 +9,6 @@ The first task that fails ends all of them, and the error is the worker's. What 
 import asyncio
 import importlib.metadata
 import secrets
-import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from worker.home import WorkerHome
 from worker.identity import Identity, load_or_make_identity
 from worker.library import Library
 from worker.lifecycle import HOLDS_DELTA
+from worker.line import BreakOff
 from worker.patience import Patience
 from worker.producer import Allowance, Machine
 from worker.progress import Connected, Event, Failed, Stopping
@@ -109,7 +109,7 @@ class _Daemon:
         self._ask = ask
         self._stop = stop
         self._patience = Patience(settings.backoff, secrets.SystemRandom().random, tally, stop)
-        self._break_off = threading.Event()
+        self._break_off = BreakOff()
         self._disk = OneThread("disk")
         self._loop = asyncio.get_running_loop()
 
@@ -123,7 +123,7 @@ class _Daemon:
             self._tally.finish(reason, waiting_units=0 if shift is None else shift.waiting_units)
         finally:
             hearing.cancel()
-            self._break_off.set()
+            self._break_off.ask()
             self._disk.close()
             await client.close()
 
@@ -142,7 +142,6 @@ class _Daemon:
         )
         spool = await self._disk.run(Spool, self._home.spool(settings.join.run))
         cache = await self._disk.run(FileCache, self._home.cache, settings.cache_bytes)
-        library = Library(cache, config, cancelled=self._break_off, tell=self._tell_from_thread)
         waiting = await self._disk.run(spool.pending)
         await self._patiently(client.open_session)
         if self._stop.asked.is_set():
@@ -160,14 +159,19 @@ class _Daemon:
             )
         )
         # Whoever joins a run inside a private network must reach its files there; nobody else may be led into one.
-        public = await asyncio.to_thread(host_is_public, settings.join.host, settings.join.port)
+        join = settings.join
+        public = await self._patiently(lambda: asyncio.to_thread(host_is_public, join.host, join.port))
+        if public is None:
+            return None
+        library = Library(
+            cache, config, allow_private=not public, break_off=self._break_off, tell=self._tell_from_thread
+        )
         return Shift(
             client=client,
             config=config,
             machine=machine,
             allowance=Allowance(units=settings.units, spooled=settings.spooled_units),
             library=library,
-            allow_private=not public,
             spool=spool,
             disk=self._disk,
             patience=self._patience,
@@ -203,4 +207,4 @@ class _Daemon:
             self._tally.report(Stopping(reason="at once; a unit in training is handed back."))
         else:
             self._tally.report(Stopping(reason="as soon as what is finished is delivered; Ctrl-C again stops at once."))
-        self._break_off.set()
+        self._break_off.ask()

@@ -12,6 +12,13 @@ from protocol.errors import DiskFull, LocalProblem
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
+def trouble_with(path: object, error: OSError) -> LocalProblem:
+    """Return what the operating system said about a file, as an error for a person: `DiskFull` or `LocalProblem`."""
+    if error.errno in _FULL:
+        return DiskFull(f"The disk that holds {path} is full. Free some space and try again.")
+    return LocalProblem(f"{path} can't be used: {error.strerror or error}.")
+
+
 @contextmanager
 def disk_named(path: Path) -> Iterator[None]:
     """Turn a full disk into `DiskFull`, and any other trouble with writing into `LocalProblem`, naming the path."""

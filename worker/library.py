@@ -1,6 +1,5 @@
 """The public files that a unit needs: its base checkpoint's weights and its shards, each checked before it is used."""
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from protocol.limits import MAX_CHECKPOINT_BYTES, MAX_PUBLIC_DOCUMENT_BYTES, MAX
 from protocol.trust import RunTrust
 from worker.cache import FileCache, Wanted
 from worker.leases import check_base
+from worker.line import BreakOff
 from worker.progress import Downloaded
 from worker.web import PublicSite
 
@@ -26,26 +26,41 @@ class Materials:
 
 
 class Library:
-    """Fetches the files of one run. Methods block; use from one thread at a time."""
+    """Fetches the files of one run. Methods block; use from one thread at a time.
+
+    Args:
+        allow_private: see `PublicSite`.
+        break_off: ends a transfer that is under way, and lets no other begin.
+        tell: told of each file that came over the network.
+    """
 
     def __init__(
-        self, cache: FileCache, config: RunConfig, *, cancelled: threading.Event, tell: Callable[[Downloaded], None]
+        self,
+        cache: FileCache,
+        config: RunConfig,
+        *,
+        allow_private: bool,
+        break_off: BreakOff,
+        tell: Callable[[Downloaded], None],
     ) -> None:
         self._cache = cache
         self._shards = {shard.sha256: shard for shard in config.data.shards}
-        self._cancelled = cancelled
+        self._allow_private = allow_private
+        self._break_off = break_off
         self._tell = tell
         self._manifest: Manifest | None = None
 
-    def fetch(self, site: PublicSite, trust: RunTrust, lease: Lease) -> Materials:
+    def fetch(self, public_url: str, trust: RunTrust, lease: Lease) -> Materials:
         """Return a unit's files; what is missing is fetched. All sizes are known from signed documents beforehand.
 
         Raises:
             AnswerInvalid: the lease's base is not what the run published.
             CacheTooSmall: the owner's cap does not allow the unit's files; nothing was fetched.
             CheckpointCorrupt, ShardCorrupt: a signed size is beyond any limit.
-            DigestMismatch, Unreachable, ServerBusy, DiskFull: see `FileCache.fetch`.
+            EndpointUntrusted: see `PublicSite`.
+            DigestMismatch, Unreachable, ServerBusy, UnitAbandoned, DiskFull: see `FileCache.fetch`.
         """
+        site = PublicSite(public_url, allow_private=self._allow_private, break_off=self._break_off)
         base = self._base(site, trust, lease)
         wanted = (base, *(self._shard(sha256) for sha256 in lease.shards))
         self._cache.check_fits(wanted)
@@ -79,7 +94,7 @@ class Library:
     def _fetch(self, site: PublicSite, wanted: Wanted, keep: frozenset[Digest]) -> Path:
         received: list[int] = []
         started = time.monotonic()
-        path = self._cache.fetch(site, wanted, keep=keep, cancelled=self._cancelled, on_bytes=received.append)
+        path = self._cache.fetch(site, wanted, keep=keep, on_bytes=received.append)
         if received:
             self._tell(Downloaded(file=wanted.path, bytes=sum(received), seconds=time.monotonic() - started))
         return path

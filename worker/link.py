@@ -16,7 +16,7 @@ import grpc.aio
 from protocol.calls import GetEndpointReply, GetEndpointRequest
 from protocol.canonical import sha256_hex
 from protocol.documents import Digest, Endpoint
-from protocol.errors import AccessRefused, EndpointUntrusted, Refusal, Unreachable
+from protocol.errors import AccessRefused, EndpointUntrusted, Refusal, TryLater, Unreachable
 from protocol.join import JoinString
 from protocol.service import CERTIFICATE_NAME, CHANNEL_OPTIONS, error_of, stub
 from protocol.trust import RunTrust
@@ -96,7 +96,11 @@ async def _ask_endpoint(channel: grpc.aio.Channel) -> GetEndpointReply:
             GetEndpointRequest(), timeout=CALL_SECONDS, wait_for_ready=False
         )
     except grpc.aio.AioRpcError as error:
-        raise error_of(error) from None
+        refusal = error_of(error)
+        if isinstance(refusal, TryLater):
+            raise refusal from None
+        # Whoever says this has proved nothing yet: it must not be able to end a worker with a sentence of its own.
+        raise Unreachable(f"The server did not say who it is: {refusal.message}") from None
     if reply is None:  # what gRPC gives for bytes that could not be decoded
         raise EndpointUntrusted("The server's answer is not one of a coordinator.")
     return reply

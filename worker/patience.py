@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from protocol.errors import CommonweightError, TryLater, Unreachable
-from worker.backoff import Backoff
+from worker.backoff import Backoff, as_asked_ms
 from worker.progress import Waiting
 from worker.reporters import Reporter
 from worker.stop import Stop
@@ -31,10 +31,14 @@ class Patience:
         """Wait after a failure; say why and how long."""
         # Silence names no time; a coordinator that answers may.
         named = isinstance(error, TryLater) and not isinstance(error, Unreachable)
-        at_least_ms = error.retry_after_ms if named and isinstance(error, TryLater) else 0
+        at_least_ms = as_asked_ms(error.retry_after_ms) if named and isinstance(error, TryLater) else 0
         delay_ms = self._backoff.delay_ms(self.failures, self._fraction(), at_least_ms=at_least_ms)
         self.failures += 1
         await self.rest(error.message, delay_ms, code=error.code)
+
+    async def as_asked(self, reason: str, asked_ms: int) -> None:
+        """Wait as long as the coordinator asks for, within reason."""
+        await self.rest(reason, as_asked_ms(asked_ms))
 
     async def rest(self, reason: str, delay_ms: int, *, code: str = "") -> None:
         """Wait for a reason that is no failure."""

@@ -37,7 +37,6 @@ from worker.stepwatch import StepWatch
 from worker.stop import Stop
 from worker.threads import OneThread
 from worker.trainer import TrainedUnit, make_claim, train_unit, write_delta
-from worker.web import PublicSite
 
 HAND_BACK_SECONDS: Final = 8.0
 
@@ -80,7 +79,6 @@ class Producer:
         machine: Machine,
         allowance: Allowance,
         library: Library,
-        allow_private: bool,
         delivery: Delivery,
         spool: Spool,
         disk: OneThread,
@@ -94,7 +92,6 @@ class Producer:
         self._machine = machine
         self._allowance = allowance
         self._library = library
-        self._allow_private = allow_private
         self._delivery = delivery
         self._spool = spool
         self._disk = disk
@@ -142,7 +139,7 @@ class Producer:
                 return None
             if isinstance(answer, NoWork):
                 self._asking.reset()
-                await self._asking.rest(answer.reason, answer.retry_after_ms)
+                await self._asking.as_asked(answer.reason, answer.retry_after_ms)
                 return None
             check_grant(answer, self._config, Digest(answer.lease.config_sha256), self._machine.key.public.key_id)
             await self._check_new(answer)
@@ -223,8 +220,7 @@ class Producer:
                 raise UnitAbandoned("asked to stop before its files were here")
             try:
                 link = await self._client.connect()
-                site = PublicSite(link.endpoint.public_url, allow_private=self._allow_private)
-                return await asyncio.to_thread(self._library.fetch, site, link.trust, grant.lease)
+                return await asyncio.to_thread(self._library.fetch, link.endpoint.public_url, link.trust, grant.lease)
             except (TryLater, DiskFull, DigestMismatch) as error:
                 if time.monotonic() > ends:
                     raise AnswerInvalid(

@@ -330,11 +330,6 @@ def to_json(event: Event) -> dict[str, Any]:
     return {"event": event.NAME, **dataclasses.asdict(event)}
 
 
-def printable(text: str) -> str:
-    """Return text without control characters: a stranger's sentence must not command this terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
 def readable_bytes(count: int) -> str:
     """Return a size for a person."""
     size = float(count)

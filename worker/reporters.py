@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from protocol.printing import printable
 from worker.progress import (
     Event,
     Failed,
@@ -17,7 +18,6 @@ from worker.progress import (
     Step,
     Trained,
     Waiting,
-    printable,
     readable_bytes,
     to_json,
 )

@@ -13,6 +13,8 @@ from commonweight.locate import checkpoint_directory, public_directory
 from protocol.documents import RunId
 from protocol.errors import UsageError
 from protocol.join import JoinString
+from protocol.printing import printable
+from worker.durable import trouble_with
 
 if TYPE_CHECKING:  # torch is loaded only once a rebuild really begins
     from verify.rebuild import RebuiltRound
@@ -42,12 +44,12 @@ def verify(
 
     place = checkpoint_directory(directory)
     report = verify_checkpoint(place, _run_id(run))
-    typer.echo(f"checkpoint {report.checkpoint} of run {report.config.name!r}: {place}")
+    typer.echo(printable(f"checkpoint {report.checkpoint} of run {report.config.name!r}: {place}"))
     typer.echo("  signatures  root key, coordinator key, run config and manifest hold")
     typer.echo(f"  files       {report.files} files, {report.total_bytes:,} bytes, each as signed and no other")
     typer.echo(f"  merged      {report.merged} deltas")
     typer.echo(f"  weights     SHA-256 {report.weights_sha256}")
-    typer.echo(f"  licence     {report.config.weights_licence}")
+    typer.echo(printable(f"  licence     {report.config.weights_licence}"))
     typer.echo(f"  run id      {report.run}")
     if not report.run_given:
         typer.echo(
@@ -78,7 +80,12 @@ def rebuild(
 
     public, expected = public_directory(directory), _run_id(run)
     with _kept_or_temporary(out) as target:
-        report = rebuild_run(public, target, _show_round, run=expected, start=start)
+        try:
+            report = rebuild_run(public, target, _show_round, run=expected, start=start)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a write that fails does not say where
+            raise trouble_with(error.filename or target, error) from None
     typer.echo(
         f"Checkpoint {report.checkpoint} follows from {report.deltas} deltas, byte for byte: "
         f"weights SHA-256 {report.weights_sha256}" + (f" (taking checkpoint {start} as published)" if start else "")

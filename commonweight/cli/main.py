@@ -4,6 +4,7 @@ An error is one sentence on stderr with its stable code, `error: SENTENCE [CODE]
 a setting that is wrong, 1 for a failure. The groups import what they need when they run, so that help is quick.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ import typer
 
 from commonweight.cli import checkpoint, coordinator, demo, sample, worker
 from protocol.errors import Bug, CommonweightError, UsageError
+from protocol.printing import printable_text
+from worker.durable import trouble_with
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -77,6 +80,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except CommonweightError as error:
         return _show(error)
+    except BrokenPipeError:
+        # Whoever read the output has left, as `head` does; what Python still wants to write at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CommonweightError.exit_code
+    except OSError as error:
+        return _show(trouble_with(error.filename or "a file that was being written", error))
     except Exception as error:
         if (wrong_use := _wrong_use(error)) is not None:
             return _show(wrong_use) if wrong_use.message else UsageError.exit_code
@@ -86,7 +95,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(error: CommonweightError) -> int:
-    typer.echo(f"error: {error.message} [{error.code}]", err=True)
+    # The sentence may quote a server or a file of somebody else.
+    typer.echo(f"error: {printable_text(error.message)} [{error.code}]", err=True)
     return error.exit_code
 
 

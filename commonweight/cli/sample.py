@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from commonweight.locate import checkpoint_directory
-from protocol.errors import CheckpointCorrupt, LocalProblem, UsageError
+from protocol.errors import CheckpointCorrupt, UsageError
+from protocol.printing import printable
+from worker.durable import trouble_with
 
 if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
     from mmdit.space import ByteImages
@@ -70,11 +72,15 @@ def sample(
     if size is not None:
         pictures = _enlarged(pictures, size)
     try:
-        out.write_bytes(png_bytes(_side_by_side(pictures)))
+        encoded = png_bytes(_side_by_side(pictures))
+    except ValueError as error:
+        raise CheckpointCorrupt(f"{place} does not draw in grey or in colour: {error}.") from None
+    try:
+        out.write_bytes(encoded)
     except OSError as error:
-        raise LocalProblem(f"{out} can't be written: {error.strerror}.") from None
+        raise trouble_with(out, error) from None
     pixels = f"{pictures.shape[2]} x {pictures.shape[1]}"
-    typer.echo(f"{out}: {caption!r}, {count} of {pixels} pixels, seed {seed}, from {place}")
+    typer.echo(printable(f"{out}: {caption!r}, {count} of {pixels} pixels, seed {seed}, from {place}"))
 
 
 def _enlarged(pictures_NHWC: "ByteImages", height: int) -> "ByteImages":

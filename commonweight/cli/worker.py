@@ -1,5 +1,6 @@
 """`commonweight worker`: lend this computer's time to a run."""
 
+import math
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from protocol.errors import UsageError
+from protocol.printing import printable_text
 
 if TYPE_CHECKING:
     from worker.consent import Ask
@@ -47,8 +49,8 @@ def start(
     from protocol.limits import GIB
     from worker.daemon import WorkerSettings
 
-    if not cache_gib > 0:
-        raise UsageError(f"--cache-gib is {cache_gib:g}; it must be more than 0.")
+    if not 0 < cache_gib < math.inf:
+        raise UsageError(f"--cache-gib is {cache_gib:g}; it must be a number above 0.")
     settings = WorkerSettings(
         join=JoinString.parse(join),
         home=(home or default_home()).absolute(),
@@ -101,7 +103,7 @@ def _ask() -> "Ask":
     """Return what shows the terms at the terminal; Ctrl-C there means no."""
 
     def ask(text: str) -> bool:
-        typer.echo(text, err=True)
+        typer.echo(printable_text(text), err=True)
         # The worker's own handler of Ctrl-C would wait for this very answer.
         previous = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:

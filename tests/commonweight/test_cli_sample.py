@@ -1,3 +1,4 @@
+import os
 import shutil
 import struct
 import zlib
@@ -12,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from commonweight.cli.sample import sample
 from protocol import layout
-from protocol.errors import CheckpointCorrupt, CommonweightError, DeviceUnavailable, LocalProblem, UsageError
+from protocol.errors import CheckpointCorrupt, CommonweightError, DeviceUnavailable, DiskFull, LocalProblem, UsageError
 from tests.verify.examples import publish_run
 
 app = typer.Typer()
@@ -161,3 +162,49 @@ def test_options_out_of_range_are_mistakes_in_usage(run_directory: Path, tmp_pat
         result = _invoke(run_directory, CAPTION, "-o", tmp_path / "1.png", *option)
         assert result.exit_code == 2, option
         assert option[0] in result.output
+
+
+def _spoiled(run_directory: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(_checkpoint(run_directory, 2), tmp_path / "spoiled"))
+
+
+def test_weights_that_are_not_numbers_draw_no_picture(run_directory: Path, tmp_path: Path) -> None:
+    place, out = _spoiled(run_directory, tmp_path), tmp_path / "out.png"
+    raw = bytearray((place / layout.WEIGHTS).read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    raw[start:] = b"\xff" * (len(raw) - start)
+    (place / layout.WEIGHTS).write_bytes(raw)
+    error = _refusal(place, CAPTION, "-o", out, "--steps", "1")
+    assert isinstance(error, CheckpointCorrupt)
+    assert "not finite" in error.message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "name", [layout.WEIGHTS, "commonweight.json", "transformer/config.json", "scheduler/scheduler_config.json"]
+)
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(run_directory: Path, tmp_path: Path, name: str) -> None:
+    place = _spoiled(run_directory, tmp_path)
+    (place / name).unlink()
+    os.mkfifo(place / name)
+    error = _refusal(place, CAPTION, "-o", tmp_path / "out.png")
+    assert isinstance(error, CheckpointCorrupt)
+    assert "no plain file" in error.message
+
+
+@pytest.mark.parametrize("number", ["NaN", "-1", "1" + "0" * 400])
+def test_a_shift_that_no_schedule_has_is_the_checkpoints_fault(
+    run_directory: Path, tmp_path: Path, number: str
+) -> None:
+    place = _spoiled(run_directory, tmp_path)
+    path = place / "scheduler/scheduler_config.json"
+    path.write_text(path.read_text().replace('"shift": 1.0', f'"shift": {number}'))
+    assert isinstance(_refusal(place, CAPTION, "-o", tmp_path / "out.png"), CheckpointCorrupt)
+
+
+def test_a_full_disk_is_called_that(run_directory: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    out.symlink_to("/dev/full")
+    error = _refusal(_checkpoint(run_directory, 2), CAPTION, "-o", out, "--steps", "1")
+    assert isinstance(error, DiskFull)
+    assert str(out) in error.message

@@ -1,10 +1,13 @@
 """Backups: what they hold, that they are consistent while the run is written to, and that damage is found."""
 
+import dataclasses
 import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,11 +16,13 @@ from coordinator.backup import LIST, backup, restore
 from coordinator.blobs import DirectoryBlobs
 from coordinator.directory import RunDirectory
 from coordinator.founding import found
+from coordinator.serve import serving_file
 from coordinator.settings import Settings
 from coordinator.sqlite_store import SqliteStore
+from coordinator.status import read_status
 from protocol.canonical import sha256_hex
 from protocol.documents import Digest
-from protocol.errors import BackupDamaged, DirectoryNotARun, DirectoryNotEmpty, UsageError
+from protocol.errors import BackupDamaged, DirectoryNotARun, DirectoryNotEmpty, LocalProblem, UsageError
 from protocol.log import EMPTY_LOG_HEAD, next_head
 
 
@@ -168,6 +173,108 @@ def test_a_list_that_points_outside_is_refused(run: RunDirectory, tmp_path: Path
     (tmp_path / "backup" / LIST).write_text(json.dumps(listed))
     with pytest.raises(BackupDamaged, match="no path inside a run"):
         restore(tmp_path / "backup", RunDirectory(tmp_path / "restored"))
+
+
+HEX = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda listed: listed.update(run=5),
+        lambda listed: listed.update(run="ab"),
+        lambda listed: listed.pop("run"),
+        lambda listed: listed.update(files={"a": 1}),
+        lambda listed: listed.update(format="1"),
+        lambda listed: listed["files"].append(5),
+        lambda listed: listed["files"].append({"path": 5, "sha256": HEX, "size": 0}),
+        lambda listed: listed["files"].append({"path": "a", "sha256": HEX, "size": "0"}),
+        lambda listed: listed["files"].append({"path": "a", "sha256": "../" + HEX[3:], "size": 0}),
+        lambda listed: listed["files"].append({"path": "a\0b", "sha256": HEX, "size": 0}),
+        lambda listed: listed["files"].append({"path": "\ud800", "sha256": HEX, "size": 0}),
+        lambda listed: listed["files"].append({"path": "public", "sha256": HEX, "size": 0}),
+        lambda listed: listed["files"].append({**listed["files"][0], "path": "./" + listed["files"][0]["path"]}),
+    ],
+)
+def test_a_list_that_is_made_to_break_its_reader_is_refused(
+    run: RunDirectory, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    backup(run, tmp_path / "backup")
+    listed = json.loads((tmp_path / "backup" / LIST).read_bytes())
+    change(listed)
+    (tmp_path / "backup" / LIST).write_text(json.dumps(listed))
+    with pytest.raises(BackupDamaged):
+        restore(tmp_path / "backup", RunDirectory(tmp_path / "restored"))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "backup"}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "link", "folder", "longer"])
+@pytest.mark.parametrize("path", ["public/run.json", "keys/run_secret"])
+def test_what_lies_in_the_place_of_a_listed_file_is_not_waited_for_and_not_copied(
+    run: RunDirectory, tmp_path: Path, kind: str, path: str
+) -> None:
+    backup(run, tmp_path / "backup")
+    file = tmp_path / "backup" / path
+    content = file.read_bytes()
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "longer":
+        with file.open("wb") as large:
+            large.write(content)
+            large.truncate(10**13)
+    else:
+        (tmp_path / "backup/elsewhere").write_bytes(content)
+        file.symlink_to("/dev/zero" if kind == "endless" else tmp_path / "backup/elsewhere")
+    with pytest.raises(BackupDamaged, match="no plain file" if kind != "longer" else "was changed since"):
+        restore(tmp_path / "backup", RunDirectory(tmp_path / "restored"))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "backup"}
+
+
+def test_a_pipe_in_place_of_the_list_is_not_waited_for(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "backup").mkdir()
+    os.mkfifo(tmp_path / "backup" / LIST)
+    with pytest.raises(BackupDamaged, match="no plain file"):
+        restore(tmp_path / "backup", RunDirectory(tmp_path / "restored"))
+    (tmp_path / "backup" / LIST).unlink()
+    (tmp_path / "backup" / LIST).write_bytes(b"[" * 100_000)
+    with pytest.raises(BackupDamaged, match="can't be read"):
+        restore(tmp_path / "backup", RunDirectory(tmp_path / "restored"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{garbage",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"5",
+        b"{}",
+        b'{"join":"cw1","pids":5}',
+        b'{"join":5,"pids":{"supervisor":1}}',
+        b'{"join":"cw1","pids":{"supervisor":-1}}',
+        b'{"join":"cw1","pids":{"supervisor":%d}}' % 10**40,
+        None,
+    ],
+)
+def test_a_damaged_serving_file_is_named_by_the_status(run: RunDirectory, content: bytes | None) -> None:
+    if content is None:
+        os.mkfifo(serving_file(run))
+    else:
+        serving_file(run).write_bytes(content)
+    with pytest.raises(LocalProblem, match=r"serving\.json can't be read"):
+        read_status(run)
+
+
+def test_the_status_of_a_served_run_says_where_and_commands_no_terminal(run: RunDirectory) -> None:
+    pids = {"supervisor": os.getpid(), "control": 1}
+    serving = {"join": "cw1:x\x1b[2J", "public_url": "http://x", "pids": pids}
+    serving_file(run).write_text(json.dumps(serving))
+    assert read_status(run).join == "cw1:x?[2J"
+    named = dataclasses.replace(read_status(run), name="n\x1b[5m")
+    assert all(line.isprintable() for line in named.lines())
 
 
 def test_nothing_is_overwritten(run: RunDirectory, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """run.toml: what is read, what is refused and with which words, and what the template says."""
 
+import os
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +104,12 @@ def test_text_that_is_not_toml_is_refused_with_its_line() -> None:
         ("server.advertised_host=a b", 'server.advertised_host is "a b"; it must be a host name'),
         ("server.advertised_host=example.org:80", "without a port"),
         ("server.public_url=ftp://example.org", "it must be a web address"),
+        ("server.public_url=http://[::1/", 'server.public_url is "http://[::1/"; it must be a web address'),
+        ("server.public_url=http://me:word@example.org", "it must be a web address"),
+        ("server.public_url=http://example.org/?x=1", "it must be a web address"),
+        ("server.public_url=http://127.0.0.1:99999", "its port must be a whole number from 1 to 65535."),
+        ("server.public_url=http://h:x/", "its port must be a whole number from 1 to 65535."),
+        ("server.public_url=http://h:0", "its port must be a whole number from 1 to 65535."),
         ("codec.block=100", "codec.block is 100; it must be a power of two, such as 64 or 128."),
         ("model.preset=d99", 'model.preset is "d99"; it must be one of d12'),
         ("model.preset=d24", "paints in 16 latent channels"),
@@ -112,6 +120,35 @@ def test_text_that_is_not_toml_is_refused_with_its_line() -> None:
 )
 def test_a_wrong_override_is_refused_like_a_wrong_file(override: str, named: str) -> None:
     assert named in refusal("", override)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("a=" + "[" * 5000, "nested too deeply"),
+        ("a=" + "{b=" * 5000, "nested too deeply"),
+        (".".join(["run", *["a"] * 5000]) + "=1", "run.a is no setting"),
+        (".".join(["run.name", *["a"] * 5000]) + "=1", "run.name is (nested too deeply to show)"),
+        ("[rounds]\nunits=" + "9" * 5000, "not valid TOML"),
+    ],
+    ids=["arrays", "tables", "unknown setting", "known setting", "digits"],
+)
+def test_a_file_that_is_made_to_break_its_reader_is_refused_with_a_sentence(text: str, named: str) -> None:
+    assert named in refusal(text)
+    assert refusal("", "rounds.units=" + "[" * 5000).startswith('rounds.units is "[[[')
+
+
+def test_a_file_that_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "device", "folder"):
+        with pytest.raises(ConfigInvalid, match=f"{name} can't be read \\(it is no plain file\\)"):
+            Settings.load(tmp_path / name)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(ConfigInvalid, match="larger than"):
+        Settings.load(tmp_path / "large")
 
 
 def test_an_override_wins_over_the_file_and_texts_need_no_quotes() -> None:

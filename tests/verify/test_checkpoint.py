@@ -1,3 +1,4 @@
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -189,3 +190,28 @@ def test_a_manifest_that_lists_a_file_twice_or_hides_its_weights_is_refused(
     )))  # fmt: skip
     with pytest.raises(CheckpointCorrupt, match=f"has no weights at {layout.WEIGHTS}"):
         verify_checkpoint(run.checkpoint(2), RUN)
+
+
+@pytest.mark.parametrize("name", [layout.ROOT_KEY, layout.DELEGATION, layout.RUN_CONFIG, layout.MANIFEST])
+@pytest.mark.parametrize("kind", ["pipe", "endless", "folder", "huge"])
+def test_what_is_no_plain_small_file_is_refused_at_once(directory: Path, name: str, kind: str) -> None:
+    path = directory / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(10**13)
+    with pytest.raises(CheckpointCorrupt, match="is larger than" if kind == "huge" else "it is no plain file"):
+        verify_checkpoint(directory, RUN)
+
+
+def test_a_pipe_in_place_of_the_weights_is_not_waited_for(directory: Path) -> None:
+    (directory / layout.WEIGHTS).unlink()
+    os.mkfifo(directory / layout.WEIGHTS)
+    with pytest.raises(CheckpointCorrupt, match="is missing"):
+        verify_checkpoint(directory, RUN)

@@ -106,6 +106,8 @@ class SmallRun:
         self.finish_when_done = True
         self.sign_receipts_with = self.key
         self.lease_ms = HOUR_MS
+        self.public_url: str | None = None
+        self.no_work_ms = 50
         self.changed = asyncio.Event()
 
     # --- life ----------------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ class SmallRun:
         return Endpoint(
             run=self.run,
             certificate_sha256=self.certificate_sha256,
-            public_url=self.files.url,
+            public_url=self.public_url or self.files.url,
             not_after_ms=now_ms() + HOUR_MS,
         )
 
@@ -264,7 +266,7 @@ class SmallRun:
             if not left and self.finish_when_done:
                 raise RunFinished
             if not left:
-                return calls.LeaseUnitReply(reason="all units are given out", retry_after_ms=50)
+                return calls.LeaseUnitReply(reason="all units are given out", retry_after_ms=self.no_work_ms)
             lease = self.make_lease(device, left[0])
             self.attempts.append(Attempt(lease=lease, envelope=sign(lease, self.key)))
             return self._leased(self.attempts[-1])

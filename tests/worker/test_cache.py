@@ -1,7 +1,6 @@
 """Files are whole and right before they have a name, under the owner's cap, over a line that may break anywhere."""
 
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from protocol.documents import Digest
 from protocol.errors import CacheTooSmall, DigestMismatch, DiskFull, ServerBusy, UnitAbandoned, Unreachable
 from tests.worker.files_server import FilesServer, serving
 from worker.cache import FileCache, Wanted
+from worker.line import BreakOff
 from worker.web import PublicSite
 
 CONTENT = bytes(range(256)) * 4000
@@ -28,7 +28,6 @@ def fetch(cache: FileCache, server: FilesServer, wanted: Wanted, *keep: Digest) 
         PublicSite(server.url, allow_private=True),
         wanted,
         keep=keep,
-        cancelled=threading.Event(),
         on_bytes=travelled.append,
     )
     return path, sum(travelled)
@@ -147,13 +146,16 @@ def test_a_full_disk_keeps_what_has_come(tmp_path: Path) -> None:
 
 def test_a_download_can_be_broken_off(tmp_path: Path) -> None:
     cache = FileCache(tmp_path / "cache", 1 << 30)
-    asked = threading.Event()
-    asked.set()
+    break_off = BreakOff()
     with serving(tmp_path) as server:
-        wanted = publish(tmp_path, "a")
-        site = PublicSite(server.url, allow_private=True)
+        wanted = publish(tmp_path, "a", bytes(200_000_000))
+        site = PublicSite(server.url, allow_private=True, break_off=break_off)
         with pytest.raises(UnitAbandoned):
-            cache.fetch(site, wanted, keep=(), cancelled=asked, on_bytes=lambda count: None)
+            cache.fetch(site, wanted, keep=(), on_bytes=lambda count: break_off.ask())
+        with pytest.raises(UnitAbandoned):
+            cache.fetch(site, wanted, keep=(), on_bytes=lambda count: None)
+
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(("status", "error"), [(404, Unreachable), (503, ServerBusy), (429, ServerBusy)])

@@ -3,7 +3,9 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from protocol.documents import LeaseId
@@ -19,9 +21,9 @@ from protocol.errors import (
 from protocol.keys import PrivateKey
 from protocol.limits import GIB
 from tests.worker.recording import Recorder, spooled, work
-from tests.worker.small_run import SmallRun
+from tests.worker.small_run import Attempt, SmallRun
 from worker.home import WorkerHome
-from worker.progress import Event, Leased, Step
+from worker.progress import Event, Leased, Step, Waiting
 from worker.stop import Stop, StopLevel
 
 
@@ -288,3 +290,39 @@ def test_a_crashed_worker_gets_its_own_lease_again(tmp_path: Path) -> None:
     assert len(leases) == 2
     assert leases[0] == leases[1]
     assert len(run.attempts) == 1
+
+
+def test_a_coordinator_that_names_an_absurd_wait_is_asked_again_after_minutes(tmp_path: Path) -> None:
+    async def scenario() -> Recorder:
+        stop = Stop()
+        recorder = Recorder(lambda event: stop.ask() if isinstance(event, Waiting) else None)
+        async with SmallRun(tmp_path / "run", units=1) as run:
+            run.attempts.append(Attempt(lease=run.make_lease("d" * 64, 0), envelope=b""))
+            run.finish_when_done, run.no_work_ms = False, 2**31 - 1
+            await work(run, tmp_path / "home", recorder, stop=stop)
+            return recorder
+
+    (waiting,) = asyncio.run(scenario()).named("waiting")
+
+    assert (waiting["reason"], waiting["seconds"]) == ("all units are given out", 300)
+
+
+@pytest.mark.parametrize("call", ["GetEndpoint", "LeaseUnit"])
+def test_what_grpc_itself_refuses_is_told_with_its_own_words(tmp_path: Path, call: str) -> None:
+    async def refuse(request: object, context: Any) -> None:
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (5 vs. 4)")
+
+    async def scenario() -> Recorder:
+        stop = Stop()
+        recorder = Recorder(lambda event: stop.ask() if isinstance(event, Waiting) else None)
+        run = SmallRun(tmp_path / "run", units=1)
+        setattr(run, call, refuse)
+        async with run:
+            await work(run, tmp_path / "home", recorder, stop=stop)
+        return recorder
+
+    waiting = asyncio.run(scenario()).named("waiting")[0]
+
+    assert waiting["code"] == "UNREACHABLE"
+    assert "RESOURCE_EXHAUSTED" in waiting["reason"]
+    assert "Received message larger than max (5 vs. 4)" in waiting["reason"]

@@ -7,12 +7,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.worker.dripping import BODY, HEADER, DrippingServer, dripping
 from tests.worker.recording import spooled
 from tests.worker.small_run import SmallRun
 
@@ -110,6 +112,51 @@ def test_sigterm_hands_the_unit_back_and_exits_well(tmp_path: Path) -> None:
     assert code == 0
     assert [attempt.state for attempt in run.attempts] == ["back"]
     assert "handed_back" in names(events)
+
+
+@pytest.mark.parametrize("opening", [HEADER, BODY], ids=["header", "body"])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_that_waits_for_a_dripping_file_server_can_be_stopped(
+    tmp_path: Path, opening: bytes, signal_number: signal.Signals
+) -> None:
+    async def scenario(server: DrippingServer) -> tuple[SmallRun, int, list[dict[str, Any]], str]:
+        stopping: list[asyncio.Task[None]] = []
+
+        async def stop_when_dripping(pid: int) -> None:
+            await asyncio.to_thread(server.asked.wait, 30)
+            os.kill(pid, signal_number)
+
+        def on_event(event: dict[str, Any], pid: int) -> None:
+            if event["event"] == "lease":
+                stopping.append(asyncio.create_task(stop_when_dripping(pid)))
+
+        async with SmallRun(tmp_path / "run", units=1) as run:
+            run.public_url = server.url
+            return run, *await drive(command(run, tmp_path / "home"), on_event)
+
+    with dripping(opening) as server:
+        began = time.monotonic()
+        run, code, events, errors = asyncio.run(scenario(server))
+
+    assert time.monotonic() - began < 25  # most of it is the start of the process
+    assert (code, errors) == (0, "")
+    assert [attempt.state for attempt in run.attempts] == ["back"]
+    assert names(events)[-1] == "finished"
+
+
+def test_a_wrong_public_address_ends_the_worker_with_a_sentence(tmp_path: Path) -> None:
+    async def scenario() -> tuple[SmallRun, int, str]:
+        async with SmallRun(tmp_path / "run", units=1) as run:
+            run.public_url = "http://127.0.0.1:99999"
+            code, _, errors = await drive(command(run, tmp_path / "home"))
+            return run, code, errors
+
+    run, code, errors = asyncio.run(scenario())
+
+    assert code == 1
+    assert errors.startswith("error: The run's public address 'http://127.0.0.1:99999' is not a plain")
+    assert errors.endswith("[ENDPOINT_UNTRUSTED]\n")
+    assert [attempt.state for attempt in run.attempts] == ["back"]
 
 
 def test_a_refused_worker_exits_1_with_the_sentence_and_a_wrong_join_string_exits_2(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from protocol.errors import ConsentNeeded, DeviceUnavailable, DirectoryInUse, Di
 from protocol.limits import MAX_TEXT_CHARACTERS
 from tests.protocol.examples import run_config
 from worker import progress
-from worker.backoff import DEFAULT_BACKOFF
-from worker.consent import ensure_consent
+from worker.backoff import DEFAULT_BACKOFF, as_asked_ms
+from worker.consent import ensure_consent, terms_text
 from worker.durable import disk_named, write_durably
 from worker.hardware import device_class, resolve_device, resolve_threads
 from worker.home import WorkerHome
@@ -128,6 +128,31 @@ def test_the_bound_doubles_from_a_second_to_five_minutes() -> None:
     bounds = [round(DEFAULT_BACKOFF.delay_ms(attempt, almost_one) / 1000) for attempt in range(11)]
 
     assert bounds == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+
+
+@pytest.mark.parametrize(
+    ("asked", "waited"), [(-(2**70), 500), (0, 500), (499, 500), (7_000, 7_000), (300_001, 300_000), (2**70, 300_000)]
+)
+def test_a_time_to_wait_that_a_server_names_is_taken_within_reason(asked: int, waited: int) -> None:
+    assert as_asked_ms(asked) == waited
+
+
+def test_terms_are_shown_as_text_and_cannot_command_the_terminal() -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202ered\r"
+    config = run_config()
+    shown = terms_text(
+        dataclasses.replace(
+            config,
+            name="n" + evil,
+            weights_licence="L" + evil + "\nsecond",
+            terms="first\n\n" + evil + "second",
+            data=dataclasses.replace(config.data, name="d" + evil, licence="l" + evil),
+        )
+    )
+    lines = terms_text(config).count("\n") + 2
+    assert shown.count("\n") == lines
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert "\n\n?]0;owned??[2J?31m?red second\n" in shown
 
 
 def test_the_device_class_is_coarse_and_names_what_computes() -> None:
