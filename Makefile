@@ -33,6 +33,7 @@ docs: .venv  # rewrite the generated parts of docs/
 	$(BIN)/python -m docs.generate
 
 .venv: pyproject.toml constraints.txt
+	@echo "setting up .venv: this fetches some packages and takes a few minutes, once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	touch .venv

@@ -66,7 +66,8 @@ class Report:
         else:
             path = self._write()
             console.print(f"Written to {path.relative_to(RESULTS.parent.parent)}.")
-        return all(target.met for target in self.targets)
+        # A quick run says that a benchmark works, not how fast anything is: its few samples judge nothing.
+        return quick or all(target.met for target in self.targets)
 
     def _write(self) -> Path:
         RESULTS.mkdir(parents=True, exist_ok=True)

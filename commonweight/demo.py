@@ -27,6 +27,8 @@ from protocol.errors import DirectoryNotEmpty, LocalProblem, TryLater
 START_SECONDS: Final = 120.0
 MEASURE_SECONDS: Final = 60.0
 MARKER: Final = ".commonweight-demo"
+PORTS: Final = ("server.port=0", "server.public_port=0")
+"""Any free ports: another coordinator, or another demo, may be running."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +77,18 @@ def found_run(options: DemoOptions, settings: Sequence[str]) -> RunDirectory:
     """Make the run's directory with `commonweight coordinator init`, as an operator would."""
     directory = RunDirectory(options.folder / "run")
     arguments = ["coordinator", "init", str(directory.root), "--root-key", str(options.folder / "root-key.pem")]
-    for setting in (*settings, f"rounds.planned={options.rounds}", f"rounds.units={options.volunteers}"):
+    for setting in (
+        *settings,
+        f"rounds.planned={options.rounds}",
+        f"rounds.units={options.volunteers}",
+        f"rounds.min_units={options.volunteers}",
+        *PORTS,
+    ):
         arguments += ["--set", setting]
     done = subprocess.run(_command(*arguments), env=_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise LocalProblem(f"coordinator init failed: {done.stderr.strip() or done.stdout.strip()}")
+        words = (done.stderr.strip() or done.stdout.strip()).removeprefix("error: ")
+        raise LocalProblem(f"The demo's run could not be made: {words}")
     return directory
 
 

@@ -94,6 +94,7 @@ def plot_losses(losses: dict[int, float], path: Path) -> None:
     """Write a PNG with the held-out loss by round."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -102,5 +103,6 @@ def plot_losses(losses: dict[int, float], path: Path) -> None:
     axes.set_xlabel("checkpoint (rounds merged)")
     axes.set_ylabel("held-out velocity loss")
     axes.set_title("Held-out loss by round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

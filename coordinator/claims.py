@@ -291,7 +291,7 @@ def unused_verdict(desk: Desk, attempt: Attempt, unit: Unit) -> Verdict:
 def merged_verdict(desk: Desk, attempt: Attempt, weight: int, checkpoint: int) -> Verdict:
     """The verdict on work that was merged."""
     share = f"{100 * weight / 2**24:.2f} %"
-    sentence = f"Merged into checkpoint {checkpoint} with {share} of its weight."
+    sentence = f"Merged into checkpoint {checkpoint}: {share} of that merge is this delta."
     return _verdict(desk, attempt, "accepted", "MERGED", sentence, weight, checkpoint)
 
 

@@ -228,6 +228,8 @@ class Control:
             )
         )
         logger.info("checkpoint %d published", number, extra={"action": "published"})
+        if number >= self._desk.config.rounds.planned:
+            logger.info("the run is finished; volunteers are told so, and the public files stay for everybody to fetch")
         tail = await self.decide(lambda desk: settling.log_tail(desk, number))
         await asyncio.to_thread(self._publisher.add_log_tail, tail)
         await asyncio.to_thread(self._prune, number)

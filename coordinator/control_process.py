@@ -170,7 +170,7 @@ def _report(done: set["asyncio.Task[Any]"]) -> int:
 def main(arguments: list[str]) -> int:
     """Run the control process."""
     directory, settler, lifeline, ready, public_url = arguments
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s control: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s control: %(message)s")
     exit_with_parent(int(lifeline))
     raise_file_limit()
     wiring = Wiring(

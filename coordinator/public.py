@@ -9,11 +9,12 @@ import socket
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -22,7 +23,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coordinator.ratelimit import address_prefix
 from protocol import layout
-from protocol.limits import HTTP_HEADER_MS, MAX_HTTP_CONNECTIONS_PER_ADDRESS
+from protocol.documents import Manifest, parse_payload
+from protocol.envelope import parse_envelope
+from protocol.limits import HTTP_HEADER_MS, MAX_HTTP_CONNECTIONS_PER_ADDRESS, MAX_PUBLIC_DOCUMENT_BYTES
 
 _FOR_EVER = "public, max-age=31536000, immutable"
 _NAMED_BY_CONTENT = ("checkpoints/", "shards/", "deltas/", "log/")
@@ -42,6 +45,38 @@ class PublicFiles(StaticFiles):
             response.headers["cache-control"] = "no-cache"
         response.headers["x-content-type-options"] = "nosniff"
         return response
+
+
+_WELCOME: Final = """\
+These are the public files of a Commonweight run. The newest checkpoint, with everything to check it:
+
+  wget --force-directories --no-host-directories --input-file=URL/latest.txt
+
+run.json        what the run is, signed by its root key
+latest.json     the newest checkpoint's signed manifest
+latest.txt      the addresses of the newest checkpoint's files
+checkpoints/NNNNNN/  deltas/  shards/  log/  metrics/
+"""
+
+
+def _welcome(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(_WELCOME.replace("URL/", str(request.base_url)))
+
+
+def newest_files(public: Path, base_url: str) -> str:
+    """Return the addresses of the newest checkpoint's files, one a line, as `wget --input-file` takes them."""
+    envelope = parse_envelope(_read(public / layout.LATEST), max_bytes=MAX_PUBLIC_DOCUMENT_BYTES)
+    manifest = parse_payload(Manifest, envelope.payload)
+    place = layout.checkpoint_directory(manifest.checkpoint)
+    paths = [*(entry.path for entry in manifest.files), layout.MANIFEST]
+    return "".join(f"{base_url}{place}/{path}\n" for path in paths)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        raise HTTPException(404) from None
 
 
 class ImpatientProtocol(H11Protocol):
@@ -79,8 +114,14 @@ class ImpatientProtocol(H11Protocol):
 
 def application(public: Path) -> Starlette:
     """Return the ASGI application over a public directory."""
+
+    def newest(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(newest_files(public, str(request.base_url)))
+
     return Starlette(
         routes=[
+            Route("/", endpoint=_welcome),
+            Route("/latest.txt", endpoint=newest),
             Route("/healthz", endpoint=lambda _: PlainTextResponse("ok\n")),
             Mount("/", app=PublicFiles(directory=public)),
         ]
@@ -91,12 +132,12 @@ def main(arguments: list[str]) -> int:
     """Entry of the process: `python -P -m coordinator.public DIR SOCKET_FD LIFELINE_FD`."""
     from coordinator.lifeline import exit_with_parent, raise_file_limit
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s public: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s public: %(message)s")
     exit_with_parent(int(arguments[2]))
     raise_file_limit()
     config = uvicorn.Config(
         application(Path(arguments[0]) / "public"),
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
         timeout_keep_alive=20,

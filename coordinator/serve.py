@@ -8,6 +8,7 @@ It takes the directory's lock, makes the sockets that join the processes, says w
 them answer, and stops or restarts all three together: half a coordinator never goes on.
 """
 
+import errno
 import json
 import logging
 import os
@@ -99,6 +100,7 @@ class Supervisor:
     def _serve_once(self) -> None:
         """Start all processes and return when one of them has ended and the others were stopped."""
         try:
+            self._check_port()
             with self._public_socket() as public:
                 url = self._settings.server.public_url or self._url(public.getsockname()[1])
                 port = self._start(public, url)
@@ -117,21 +119,29 @@ class Supervisor:
     def _url(self, port: int) -> str:
         return f"http://{self._settings.server.advertised_host}:{port}"
 
+    def _check_port(self) -> None:
+        """Say in a sentence, before gRPC says it in many, that the port for volunteers is taken."""
+        self._bound("port", self._settings.server.port).close()
+
     def _public_socket(self) -> socket.socket:
-        server = self._settings.server
-        family = socket.AF_INET6 if ":" in server.bind else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((server.bind.strip("[]"), server.public_port))
-        except OSError as error:
-            listening.close()
-            raise ConfigInvalid(
-                f"server.public_port is {server.public_port}, but {server.bind}:{server.public_port} can't be used "
-                f"({error.strerror}); choose a free port."
-            ) from None
+        listening = self._bound("public_port", self._settings.server.public_port)
         listening.listen(256)
         return listening
+
+    def _bound(self, setting: str, port: int) -> socket.socket:
+        bind = self._settings.server.bind
+        bound = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((bind.strip("[]"), port))
+        except OSError as error:
+            bound.close()
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ConfigInvalid(f"server.bind is {bind}, which is no address of this machine.") from None
+            raise ConfigInvalid(
+                f"server.{setting} is {port}, but {bind}:{port} can't be used ({error.strerror}); choose a free port."
+            ) from None
+        return bound
 
     def _start(self, public: socket.socket, url: str) -> int:
         """Start the three processes; return the gRPC port once all of them answer."""
@@ -205,7 +215,7 @@ def serve(directory: RunDirectory) -> int:
         DirectoryInUse, DirectoryNotARun, ConfigInvalid: it can't be served as it is.
         DelegationInvalid: the root's delegation of the coordinator key has run out; every worker would refuse it.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s serve: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s serve: %(message)s")
     with directory.lock():
         _look_over(directory)
         return Supervisor(directory).run()
@@ -219,6 +229,9 @@ def _look_over(directory: RunDirectory) -> None:
         raise DelegationInvalid("The coordinator key's delegation by the root key has expired; workers refuse it.")
     if left_ms < DELEGATION_WARNING_MS:
         logger.warning("the coordinator key's delegation by the root key ends in %d days", left_ms // DAY_MS)
+    server = directory.settings().server
+    if server.bind in {"0.0.0.0", "::"} and server.advertised_host in {"127.0.0.1", "localhost", "[::1]"}:  # noqa: S104
+        logger.warning("server.advertised_host is %s: only this machine can join", server.advertised_host)
     for difference in differences(directory.settings(), identity.config):
         logger.warning(
             "%s is %s in run.toml, but %s in the signed run config, which holds",

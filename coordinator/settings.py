@@ -66,7 +66,7 @@ class Settings(BaseModel):
         if rounds.min_units > rounds.units:
             raise ValueError(
                 f"rounds.min_units is {rounds.min_units}, but rounds.units is {rounds.units}: "
-                "no round could ever close. Lower the first or raise the second."
+                "that many never arrive. Lower the first or raise the second."
             )
         if server.port and server.port == server.public_port:
             raise ValueError(

@@ -57,7 +57,7 @@ class ModelSettings(_Section):
     def _known(cls, preset: str) -> str:
         pixel = sorted(name for name, config in PRESETS.items() if config.in_channels in (1, 3))
         if preset not in PRESETS:
-            raise ValueError(f"model.preset is {show(preset)}; it must be one of {', '.join(PRESETS)}.")
+            raise ValueError(f"model.preset is {show(preset)}; it must be {' or '.join(map(show, pixel))}.")
         if preset not in pixel:
             raise ValueError(
                 f"model.preset is {show(preset)}, which paints in {PRESETS[preset].in_channels} latent channels, but "

@@ -181,7 +181,7 @@ def main(arguments: list[str]) -> int:
     from diloco.determinism import selftest
 
     directory, descriptor, lifeline = RunDirectory(Path(arguments[0])), int(arguments[1]), int(arguments[2])
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s settler: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s settler: %(message)s")
     exit_with_parent(lifeline)
     os.nice(5)  # receipts and leases come before merges
     selftest()

@@ -119,7 +119,7 @@ def read_limited(path: Path, max_bytes: int = MAX_PUBLIC_DOCUMENT_BYTES) -> byte
     try:
         return read_plain(path, max_bytes)
     except OSError as error:
-        raise CheckpointCorrupt(f"{path} can't be read: {error.strerror}.") from None
+        raise CheckpointCorrupt(f"{path} can't be read: {error.strerror}; fetch it again.") from None
 
 
 def _papers(directory: Path) -> Path:

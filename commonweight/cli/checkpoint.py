@@ -91,7 +91,7 @@ def rebuild(
         f"weights SHA-256 {report.weights_sha256}" + (f" (taking checkpoint {start} as published)" if start else "")
     )
     if out is not None:
-        typer.echo(f"It lies in {out}.")
+        typer.echo(f"It lies in {out}: weights and description, without the run's signatures that `verify` looks for.")
 
 
 def _show_round(rebuilt: "RebuiltRound") -> None:

@@ -65,8 +65,11 @@ def init(
         chosen = Settings.parse("", overrides)
     if template_only:
         run.root.mkdir(parents=True, exist_ok=True)
+        before = run.settings_file.read_bytes() if run.settings_file.exists() else None
         write_settings(run, chosen)
-        typer.echo(f"{run.settings_file} is written; edit it, then: commonweight coordinator init {directory}")
+        kept = before is not None and run.settings_file.read_bytes() == before
+        what = "was there already and is left as it is" if kept else "is written"
+        typer.echo(f"{run.settings_file} {what}; edit it, then: commonweight coordinator init {directory}")
         return
     key_file = (root_key or run.root.with_name(f"{run.root.name}-root.pem")).absolute()
     with _shards(data, shards, chosen) as (training, heldout):

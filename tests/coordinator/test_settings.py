@@ -111,7 +111,7 @@ def test_text_that_is_not_toml_is_refused_with_its_line() -> None:
         ("server.public_url=http://h:x/", "its port must be a whole number from 1 to 65535."),
         ("server.public_url=http://h:0", "its port must be a whole number from 1 to 65535."),
         ("codec.block=100", "codec.block is 100; it must be a power of two, such as 64 or 128."),
-        ("model.preset=d99", 'model.preset is "d99"; it must be one of d12'),
+        ("model.preset=d99", 'model.preset is "d99"; it must be "digits" or "rgb32"'),
         ("model.preset=d24", "paints in 16 latent channels"),
         ("training.lr=fast", 'training.lr is "fast"; it must be a number'),
         ("steps=4", "is not of the form section.key=value"),
