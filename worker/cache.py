@@ -16,6 +16,7 @@ from typing import BinaryIO, Final
 from protocol.documents import Digest
 from protocol.errors import CacheTooSmall, DigestMismatch, Unreachable
 from worker.durable import disk_named, sync_directory
+from worker.progress import readable_bytes
 from worker.web import Body, PublicSite
 
 _HASH_CHUNK: Final = 1 << 20
@@ -46,8 +47,8 @@ class FileCache:
         needed = sum({file.sha256: file.size for file in wanted}.values())
         if needed > self.cap_bytes:
             raise CacheTooSmall(
-                f"A unit of this run needs {needed / 2**30:.2f} GiB of files, and --cache-gib allows "
-                f"{self.cap_bytes / 2**30:.2f}; start the worker with a larger --cache-gib."
+                f"A unit of this run needs {readable_bytes(needed)} of files, and --cache-gib allows "
+                f"{readable_bytes(self.cap_bytes)}; start the worker with a larger --cache-gib."
             )
 
     def fetch(

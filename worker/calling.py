@@ -111,6 +111,12 @@ class Caller:
             if link.retired and not link.users:
                 await link.channel.close()
 
+    async def drop(self, link: Link) -> None:
+        """Let the next call connect anew, and so hear again where the run's files are; calls under way go on."""
+        self._retire(link)
+        if not link.users:
+            await link.channel.close()
+
     def _retire(self, link: Link) -> None:
         # Not closed at once: an upload may still be running over it.
         link.retired = True

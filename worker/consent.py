@@ -1,8 +1,11 @@
 """What a volunteer agrees to before anything is sent: the run's terms and the licence of the trained weights."""
 
 import json
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from protocol.canonical import canonical_json, parse_json
 from protocol.documents import Digest, RunConfig
@@ -10,18 +13,44 @@ from protocol.errors import ConsentNeeded, PayloadInvalid
 from protocol.printing import printable, printable_text
 from worker.durable import disk_named, write_durably
 
-Ask = Callable[[str], bool]
-"""Shows a text to a person and returns whether it was accepted."""
+Ask = Callable[[str], bool | None]
+"""Shows a text to a person and returns whether it was accepted; None if nobody is there to answer."""
+
+WIDEST_TEXT: Final = 100
+"""Characters in a line of the terms, however wide the terminal is."""
+_OWN_LINE: Final = re.compile(r"\s|[-*#>]|\d+[.)]\s")
+"""How a line begins that is no continuation of the one before: indented, an item of a list, a heading."""
 
 
 def terms_text(config: RunConfig) -> str:
     """Return what a person is shown: only text, whatever the run's config holds."""
+    data = config.data
     name, licence = printable(config.name), printable(config.weights_licence)
     return (
         f'Terms of the run "{name}":\n\n{printable_text(config.terms.strip())}\n\n'
-        f"The trained weights are published under: {licence}\n"
-        f"They are trained on: {printable(config.data.name)} ({printable(config.data.licence)})"
+        f"- The trained weights are published under: {licence}\n"
+        f"- They are trained on: {printable(data.name)} ({printable(data.licence)}), from {printable(data.source)}"
+        + ("\n- Nobody trains a unit again in this run to check its result." if config.verification == "none" else "")
     )
+
+
+def reflow(text: str, width: int) -> str:
+    """Return a text with its paragraphs broken to a width; what stands on a line of its own stays there."""
+    shown: list[str] = []
+    joins = False
+    for line in text.split("\n"):
+        continues = joins and line.strip() and not _OWN_LINE.match(line)
+        if continues:
+            shown[-1] = f"{shown[-1].rstrip()} {line.strip()}"
+        else:
+            shown.append(line)
+        joins = bool(line.strip()) and (bool(continues) or not line[0].isspace())
+    return "\n".join(_wrapped(line, width) for line in shown)
+
+
+def _wrapped(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + (2 if re.match(r"\s*[-*]\s", line) else 0))
+    return textwrap.fill(line, max(width, 20), subsequent_indent=indent[:10], break_on_hyphens=False)
 
 
 def ensure_consent(path: Path, config: RunConfig, *, accept_terms: bool, ask: Ask | None) -> None:
@@ -30,7 +59,7 @@ def ensure_consent(path: Path, config: RunConfig, *, accept_terms: bool, ask: As
     Args:
         path: file of the run's consent.
         accept_terms: the person accepted with an option.
-        ask: asks at a terminal; None if nobody is there.
+        ask: shows the terms and asks for an answer; None if there is nobody to show them to.
 
     Raises:
         ConsentNeeded: nobody accepted.
@@ -39,11 +68,12 @@ def ensure_consent(path: Path, config: RunConfig, *, accept_terms: bool, ask: As
         return
     text = terms_text(config)
     if not accept_terms:
-        if ask is None:
+        answer = None if ask is None else ask(text)
+        if answer is None:
             raise ConsentNeeded(
-                f"{text}\n\nStart the worker with --accept-terms, or at a terminal, to accept these terms."
+                "The run's terms must be accepted first: start the worker at a terminal, or with --accept-terms."
             )
-        if not ask(text):
+        if not answer:
             raise ConsentNeeded("The run's terms were not accepted; nothing was sent.")
     with disk_named(path):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from diloco import NUMERICS
-from protocol.errors import CommonweightError, TryLater
+from protocol.errors import CommonweightError, TryLater, Unreachable
 from protocol.join import JoinString
 from worker.backoff import DEFAULT_BACKOFF, Backoff
 from worker.cache import FileCache
@@ -30,7 +30,7 @@ from worker.library import Library
 from worker.lifecycle import HOLDS_DELTA
 from worker.line import BreakOff
 from worker.patience import Patience
-from worker.producer import Allowance, Machine
+from worker.producer import FILES_SECONDS, Allowance, Machine
 from worker.progress import Connected, Event, Failed, Stopping
 from worker.reporters import Reporter
 from worker.shift import Shift
@@ -53,6 +53,7 @@ class WorkerSettings:
     Args:
         units: stop after so many units; None is never.
         cache_bytes: cap on the public files kept on this disk.
+        files_seconds: how long a lease is held while nothing comes of its files.
         threads: CPU threads for training; None is all that this process may use.
     """
 
@@ -64,6 +65,7 @@ class WorkerSettings:
     cache_bytes: int
     accept_terms: bool
     spooled_units: int = SPOOLED_UNITS
+    files_seconds: float = FILES_SECONDS
     backoff: Backoff = DEFAULT_BACKOFF
 
 
@@ -84,7 +86,7 @@ async def run_worker(settings: WorkerSettings, reporter: Reporter, *, ask: Ask |
     """Work until the run is finished, the asked-for units are done, or somebody stops it.
 
     Args:
-        ask: shows terms to a person; None if nobody is there.
+        ask: shows terms to a person and asks; None if there is nobody to show them to.
         stop: the caller's way to end it; see `Stop.listen`.
 
     Raises:
@@ -130,7 +132,7 @@ class _Daemon:
     async def _admitted(self, client: CoordinatorClient, identity: Identity) -> Shift | None:
         """Connect, ask the owner, open a session; return the work to do, or None if asked to stop meanwhile."""
         settings = self._settings
-        link = await self._patiently(client.connect)
+        link = await self._patiently(client.connect, advice="Check host and port of the join string.")
         if link is None:
             return None
         config = link.trust.config
@@ -170,7 +172,9 @@ class _Daemon:
             client=client,
             config=config,
             machine=machine,
-            allowance=Allowance(units=settings.units, spooled=settings.spooled_units),
+            allowance=Allowance(
+                units=settings.units, spooled=settings.spooled_units, files_seconds=settings.files_seconds
+            ),
             library=library,
             spool=spool,
             disk=self._disk,
@@ -192,13 +196,13 @@ class _Daemon:
             key=identity.device,
         )
 
-    async def _patiently(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+    async def _patiently(self, call: Callable[[], Coroutine[Any, Any, T]], *, advice: str = "") -> T | None:
         """Return what the call returns, however long it takes; None if asked to stop meanwhile."""
         while not self._stop.asked.is_set():
             try:
                 return await self._stop.before_asked(call())
             except TryLater as error:
-                await self._patience.after(error)
+                await self._patience.after(error, advice=advice if isinstance(error, Unreachable) else "")
         return None
 
     async def _hear(self) -> None:
@@ -206,5 +210,9 @@ class _Daemon:
         if self._stop.level is StopLevel.NOW:
             self._tally.report(Stopping(reason="at once; a unit in training is handed back."))
         else:
-            self._tally.report(Stopping(reason="as soon as what is finished is delivered; Ctrl-C again stops at once."))
+            self._tally.report(
+                Stopping(
+                    reason="what has just begun is handed back, the rest is delivered first; Ctrl-C again ends it now."
+                )
+            )
         self._break_off.ask()

@@ -32,6 +32,8 @@ class Library:
         allow_private: see `PublicSite`.
         break_off: ends a transfer that is under way, and lets no other begin.
         tell: told of each file that came over the network.
+
+    `received_bytes` is what came so far, of files that are not whole yet too; it may be read from any thread.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Library:
         self._break_off = break_off
         self._tell = tell
         self._manifest: Manifest | None = None
+        self.received_bytes = 0
 
     def fetch(self, public_url: str, trust: RunTrust, lease: Lease) -> Materials:
         """Return a unit's files; what is missing is fetched. All sizes are known from signed documents beforehand.
@@ -92,9 +95,12 @@ class Library:
         return Wanted(path=shard_path(sha256), sha256=Digest(sha256), size=shard.size)
 
     def _fetch(self, site: PublicSite, wanted: Wanted, keep: frozenset[Digest]) -> Path:
-        received: list[int] = []
-        started = time.monotonic()
-        path = self._cache.fetch(site, wanted, keep=keep, on_bytes=received.append)
+        before, started = self.received_bytes, time.monotonic()
+        path = self._cache.fetch(site, wanted, keep=keep, on_bytes=self._count)
+        received = self.received_bytes - before
         if received:
-            self._tell(Downloaded(file=wanted.path, bytes=sum(received), seconds=time.monotonic() - started))
+            self._tell(Downloaded(file=wanted.path, bytes=received, seconds=time.monotonic() - started))
         return path
+
+    def _count(self, received: int) -> None:
+        self.received_bytes += received

@@ -30,7 +30,7 @@ from worker.leases import Grant, check_grant
 from worker.library import Library, Materials
 from worker.lifecycle import SpoolState
 from worker.patience import Patience
-from worker.progress import HandedBack, Leased, Trained, Waiting
+from worker.progress import FILES, HandedBack, Leased, Trained, Waiting
 from worker.reporters import Reporter
 from worker.spool import Spool, SpoolEntry
 from worker.stepwatch import StepWatch
@@ -39,6 +39,8 @@ from worker.threads import OneThread
 from worker.trainer import TrainedUnit, make_claim, train_unit, write_delta
 
 HAND_BACK_SECONDS: Final = 8.0
+FILES_SECONDS: Final = 30.0
+"""How long a lease is held while nothing comes of the files that it needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +56,14 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowance:
-    """What the owner allows: units to train before stopping (None: no end), finished deltas waiting on the disk."""
+    """What the owner allows: units to train before stopping (None: no end), finished deltas waiting on the disk.
+
+    `files_seconds`: how long a lease may be held while nothing comes of its files.
+    """
 
     units: int | None
     spooled: int
+    files_seconds: float = FILES_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +102,8 @@ class Producer:
         self._spool = spool
         self._disk = disk
         self._training = training
-        self._asking, self._working = patience.another(), patience.another()
+        self._asking, self._working, self._fetching = patience.another(), patience.another(), patience.another()
+        self._files_failing_since: float | None = None
         self._reporter = reporter
         self._stop = stop
         self.holding: Grant | None = None
@@ -189,6 +196,8 @@ class Producer:
         )
         try:
             materials = await self._materials(grant)
+            if materials is None:
+                return
             trained = await self._train(lease, materials)
             entry = await self._keep(grant, trained)
         except UnitAbandoned as abandoned:
@@ -212,21 +221,45 @@ class Producer:
             )
             self._delivery.add(entry)
 
-    async def _materials(self, grant: Grant) -> Materials:
-        patience = self._working.another()
+    async def _materials(self, grant: Grant) -> Materials | None:
+        """Return the unit's files; None if they did not come and the lease was handed back.
+
+        How long the files have failed is remembered from lease to lease: once they did not come in time, each further
+        lease is given up at the first failure, so that it is free for those who can reach them.
+        """
         ends = time.monotonic() + grant.remaining_ms / 1000
         while True:
             if self._stop.asked.is_set():
                 raise UnitAbandoned("asked to stop before its files were here")
+            before = self._library.received_bytes
             try:
-                link = await self._client.connect()
-                return await asyncio.to_thread(self._library.fetch, link.endpoint.public_url, link.trust, grant.lease)
-            except (TryLater, DiskFull, DigestMismatch) as error:
+                materials = await self._fetched(grant.lease)
+            except (TryLater, DigestMismatch) as error:
+                if self._library.received_bytes > before or self._files_failing_since is None:
+                    self._files_failing_since = time.monotonic()
+                if time.monotonic() > min(ends, self._files_failing_since + self._allowance.files_seconds):
+                    await self.give_up(f"its files did not come: {error.message}")
+                    await self._fetching.after(error, part=FILES)
+                    return None
+                await self._fetching.after(error, part=FILES)
+            except DiskFull as error:
                 if time.monotonic() > ends:
-                    raise AnswerInvalid(
-                        f"The unit's files did not come before its lease ended: {error.message}"
-                    ) from None
-                await patience.after(error)
+                    await self.give_up(f"there was no room for its files before its lease ended: {error.message}")
+                    return None
+                await self._fetching.after(error, part=FILES)
+            else:
+                self._files_failing_since = None
+                self._fetching.reset()
+                return materials
+
+    async def _fetched(self, lease: Lease) -> Materials:
+        link = await self._client.connect()
+        try:
+            return await asyncio.to_thread(self._library.fetch, link.endpoint.public_url, link.trust, lease)
+        except (TryLater, DigestMismatch):
+            # The operator may have moved the files: the next try asks the coordinator anew where they are.
+            await self._client.drop(link)
+            raise
 
     async def _train(self, lease: Lease, materials: Materials) -> TrainedUnit:
         on_step = StepWatch(lease, self._stop, self._reporter, asyncio.get_running_loop())

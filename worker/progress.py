@@ -24,8 +24,9 @@ hex; times are seconds; every text is for a person. Other fields may be added; w
     verdict      claim, unit, outcome, code, sentence, weight, checkpoint
                  the signed verdict is here; outcome: "accepted" or "rejected"; weight: in units of 2^-24;
                  checkpoint: the number of the one that holds the delta, or null
-    waiting      reason, code, seconds
-                 this part of the work rests for so long (0: until something else happens); code: of an error, or ""
+    waiting      reason, code, seconds, part
+                 this part of the work rests for so long (0: until something else happens); code: of an error, or "";
+                 part: "files" if a leased unit waits for its files, or ""
     handed_back  unit, round, reason
                  a unit was given up, and its lease handed back if the coordinator could be reached
     refused      claim, unit, code, sentence
@@ -39,10 +40,16 @@ hex; times are seconds; every text is for a person. Other fields may be added; w
 """
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol
 
 STEP_EVENTS_EVERY_SECONDS: Final = 0.5
+FILES: Final = "files"
+"""The part of the work that waits: a leased unit, for its files."""
+
+_CHECKPOINT_FILE: Final = re.compile(r"checkpoints/(\d+)/.+")
 
 
 class Event(Protocol):
@@ -121,7 +128,10 @@ class Downloaded:
 
     def line(self) -> str:
         """Return the event as a sentence."""
-        return f"Fetched {self.file.rsplit('/', 1)[-1][:24]}: {readable_bytes(self.bytes)} in {self.seconds:.1f} s."
+        size, time = readable_bytes(self.bytes), f"in {self.seconds:.1f} s"
+        if checkpoint := _CHECKPOINT_FILE.fullmatch(self.file):
+            return f"Fetched the weights of checkpoint {int(checkpoint[1])}: {size} {time}."
+        return f"Fetched a shard of {size} {time}."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,11 +239,15 @@ class Waiting:
     reason: str
     code: str
     seconds: float
+    part: str = ""
 
     def line(self) -> str:
         """Return the event as a sentence."""
         code = f" [{self.code}]" if self.code else ""
-        return f"Waiting {self.seconds:.0f} s: {self.reason}{code}"
+        time = f"{math.ceil(self.seconds)} s" if self.seconds else ""
+        if self.part == FILES:
+            return f"Waiting for files{f', next try in {time}' if time else ''}: {self.reason}{code}"
+        return f"Waiting{f' {time}' if time else ''}: {self.reason}{code}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

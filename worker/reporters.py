@@ -1,17 +1,21 @@
 """The ways to show events: JSON lines for programs, plain lines for logs, a live bar for a terminal."""
 
 import json
+import math
 from collections.abc import Callable
-from typing import Protocol, TextIO
+from typing import Final, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from protocol.printing import printable
 from worker.progress import (
+    FILES,
+    Downloaded,
     Event,
     Failed,
+    HandedBack,
     Leased,
     Refused,
     Sending,
@@ -64,9 +68,12 @@ class PlainReporter:
         self._last = ""
 
     def report(self, event: Event) -> None:
-        """Write one line; steps and bytes under way are left out, and what is said twice in a row is said once."""
+        """Write one line; steps and bytes under way are left out, and what is said twice in a row is said once.
+
+        So is `Failed`: whoever ran the worker shows the error itself.
+        """
         line = event.line()
-        if isinstance(event, (Step, Sending)):
+        if isinstance(event, (Step, Sending, Failed)):
             return
         repeated = event.reason if isinstance(event, Waiting) else line
         if repeated != self._last:
@@ -78,53 +85,91 @@ class PlainReporter:
         """Nothing is held."""
 
 
+_WAITING: Final = "waiting for files"
+_GETTING_READY: Final = "getting ready"
+
+
+class _Steps(ProgressColumn):
+    """How many steps are done, once there are any."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
+
+
+class _Note(ProgressColumn):
+    """What else there is to say; while files are waited for, the seconds until the next try."""
+
+    def render(self, task: Task) -> Text:
+        note, left = str(task.fields["note"]), math.ceil(float(task.fields["until"]) - task.get_time())
+        return Text(f"{note}, next try in {left} s" if left > 0 else note)
+
+
 class TerminalReporter:
-    """Shows events with rich: a line each, and one bar that the steps of the present unit move."""
+    """Shows events with rich: a line each, and from the first unit on one bar that its steps move.
+
+    Not before: a live display would draw over the question whether the terms are accepted, and hide the cursor.
+    """
 
     def __init__(self, console: Console, clock: Callable[[], str]) -> None:
         self._clock = clock
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[note]}"),
+            _Steps(),
+            _Note(),
             TimeRemainingColumn(),
             console=console,
             transient=True,
         )
         self._bar: TaskID | None = None
         self._last = ""
-        self._progress.start()
+        self._live = False
 
     def report(self, event: Event) -> None:
-        """Move the bar, or add a line."""
+        """Move the bar, or add a line; `Failed` is left to whoever ran the worker."""
         if isinstance(event, Step):
-            if self._bar is not None:
-                self._progress.update(self._bar, completed=event.step, note=f"loss {event.loss:.4f}")
+            self._note(f"loss {event.loss:.4f}", total=event.steps, completed=event.step)
             return
         if isinstance(event, Sending):
-            if self._bar is not None:
-                self._progress.update(self._bar, note=f"up {readable_bytes(event.sent)}")
+            self._note(f"up {readable_bytes(event.sent)}")
+            return
+        if isinstance(event, Failed):
             return
         if isinstance(event, Leased):
+            self._start_bar(f"round {event.round} unit {event.index}")
+        elif isinstance(event, (Trained, HandedBack)):
             self._drop_bar()
-            description = f"round {event.round} unit {event.index}"
-            self._bar = self._progress.add_task(description, total=event.steps, note="")
-        elif isinstance(event, Trained):
-            self._drop_bar()
+        elif isinstance(event, Waiting) and event.part == FILES:
+            self._note(_WAITING, until=self._progress.get_time() + event.seconds)
+        elif isinstance(event, Downloaded):
+            self._note(_GETTING_READY)
         self._line(event)
 
     def close(self) -> None:
-        """Stop drawing."""
+        """Stop drawing, and show the cursor again."""
         self._drop_bar()
-        self._progress.stop()
+        if self._live:
+            self._progress.stop()
+            self._live = False
+
+    def _note(self, note: str, *, total: int | None = None, completed: int | None = None, until: float = 0.0) -> None:
+        if self._bar is not None:
+            self._progress.update(self._bar, total=total, completed=completed, note=note, until=until)
+
+    def _start_bar(self, description: str) -> None:
+        self._drop_bar()
+        if not self._live:
+            self._progress.start()
+            self._live = True
+        # Without a total until the first step: it is not known when that comes.
+        self._bar = self._progress.add_task(description, total=None, note=_GETTING_READY, until=0.0)
 
     def _line(self, event: Event) -> None:
         line = printable(event.line())
         repeated = event.reason if isinstance(event, Waiting) else line
         if repeated != self._last:
             self._last = repeated
-            style = "red" if isinstance(event, (Failed, Refused)) else "yellow" if isinstance(event, Waiting) else ""
+            style = "red" if isinstance(event, Refused) else "yellow" if isinstance(event, Waiting) else ""
             # Text, not markup: a stranger's sentence may hold square brackets.
             self._progress.console.print(Text(f"{self._clock()} {line}", style=style))
 

@@ -5,7 +5,7 @@ import time
 
 from protocol.documents import Lease
 from protocol.errors import UnitAbandoned
-from worker.progress import STEP_EVENTS_EVERY_SECONDS, Step, Stopping
+from worker.progress import STEP_EVENTS_EVERY_SECONDS, Step
 from worker.reporters import Reporter
 from worker.stop import Stop, StopLevel
 
@@ -40,8 +40,4 @@ class StepWatch:
         if level is StopLevel.SOON and not self._finishing:
             if step * JUST_BEGUN < steps:
                 raise UnitAbandoned(f"asked to stop when it had just begun, at step {step} of {steps}")
-            self._finishing = True  # decided once, so that the person is told once
-            event = Stopping(
-                reason=f"the unit is finished first (step {step} of {steps}); Ctrl-C again hands it back at once."
-            )
-            self._loop.call_soon_threadsafe(self._reporter.report, event)
+            self._finishing = True  # decided once: what was more than begun is finished

@@ -1,6 +1,7 @@
 """`commonweight worker`: lend this computer's time to a run."""
 
 import math
+import shutil
 import signal
 import sys
 import time
@@ -13,7 +14,6 @@ from protocol.errors import UsageError
 from protocol.printing import printable_text
 
 if TYPE_CHECKING:
-    from worker.consent import Ask
     from worker.daemon import WorkerSettings
     from worker.reporters import Reporter
 
@@ -73,7 +73,7 @@ async def _start(settings: "WorkerSettings", reporter: "Reporter") -> None:
 
     stop = Stop()
     stop.listen()
-    await run_worker(settings, reporter, ask=_ask() if sys.stdin.isatty() else None, stop=stop)
+    await run_worker(settings, reporter, ask=_ask, stop=stop)
 
 
 def default_home() -> Path:
@@ -99,18 +99,19 @@ def _time_of_day() -> str:
     return time.strftime("%H:%M:%S")
 
 
-def _ask() -> "Ask":
-    """Return what shows the terms at the terminal; Ctrl-C there means no."""
+def _ask(text: str) -> bool | None:
+    """Show the terms; at a terminal, ask whether they are accepted. Ctrl-C there means no."""
+    from worker.consent import WIDEST_TEXT, reflow
 
-    def ask(text: str) -> bool:
-        typer.echo(printable_text(text), err=True)
-        # The worker's own handler of Ctrl-C would wait for this very answer.
-        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            return typer.confirm("Do you accept these terms?", default=False, err=True)
-        except (KeyboardInterrupt, typer.Abort):
-            return False
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    return ask
+    width = min(shutil.get_terminal_size().columns - 1, WIDEST_TEXT)
+    typer.echo(reflow(printable_text(text), width) + "\n", err=True)
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    # The worker's own handler of Ctrl-C would wait for this very answer.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return typer.confirm("Do you accept these terms?", default=False, err=True)
+    except (KeyboardInterrupt, typer.Abort):
+        return False
+    finally:
+        signal.signal(signal.SIGINT, previous)

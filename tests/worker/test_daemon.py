@@ -23,7 +23,7 @@ from protocol.limits import GIB
 from tests.worker.recording import Recorder, spooled, work
 from tests.worker.small_run import Attempt, SmallRun
 from worker.home import WorkerHome
-from worker.progress import Event, Leased, Step, Waiting
+from worker.progress import FILES, Event, Leased, Step, Waiting
 from worker.stop import Stop, StopLevel
 
 
@@ -141,7 +141,7 @@ def test_a_worker_of_other_numerics_is_told_what_to_install(tmp_path: Path) -> N
 def test_nothing_is_sent_before_the_terms_are_accepted(tmp_path: Path) -> None:
     async def scenario() -> SmallRun:
         async with SmallRun(tmp_path / "run") as run:
-            with pytest.raises(ConsentNeeded, match="Be kind"):
+            with pytest.raises(ConsentNeeded, match="--accept-terms"):
                 await work(run, tmp_path / "home", Recorder(), accept_terms=False)
             return run
 
@@ -202,6 +202,57 @@ def test_a_unit_beyond_the_owners_cap_is_handed_back_before_anything_large_is_fe
 
     assert [attempt.state for attempt in run.attempts] == ["back"]
     assert [path for path, _ in run.files.requests] == ["/checkpoints/000000/manifest.json"]
+
+
+def test_a_worker_follows_the_public_files_to_their_new_address(tmp_path: Path) -> None:
+    async def scenario() -> tuple[SmallRun, Recorder]:
+        async with SmallRun(tmp_path / "run", units=1) as run:
+            run.public_url = "http://127.0.0.1:1"
+
+            def move(event: Event) -> None:
+                if isinstance(event, Waiting) and event.part == FILES:
+                    run.public_url = None  # the operator's next endpoint statement names the true address
+
+            recorder = Recorder(move)
+            await work(run, tmp_path / "home", recorder, units=1)
+            return run, recorder
+
+    run, recorder = asyncio.run(scenario())
+
+    assert len(run.attempts) == len(run.received()) == 1
+    assert {event["part"] for event in recorder.named("waiting")} == {"files"}
+    assert not recorder.named("handed_back")
+
+
+def test_a_unit_whose_files_can_not_be_fetched_is_handed_back_long_before_its_lease_ends(tmp_path: Path) -> None:
+    async def scenario() -> tuple[SmallRun, Recorder]:
+        stop = Stop()
+        recorder = Recorder(lambda event: stop.ask() if len(recorder.named("handed_back")) == 2 else None)
+        async with SmallRun(tmp_path / "run", units=1) as run:
+            run.public_url = "http://127.0.0.1:1"
+            await work(run, tmp_path / "home", recorder, stop=stop, files_seconds=0.3)
+            return run, recorder
+
+    run, recorder = asyncio.run(scenario())
+
+    assert [attempt.state for attempt in run.attempts] == ["back", "back"]
+    assert "its files did not come" in recorder.named("handed_back")[0]["reason"]
+    second = recorder.names()[recorder.names().index("handed_back") :]
+    assert second[second.index("lease") + 1] == "handed_back"  # the next lease is given up at the first failure
+
+
+def test_who_can_not_connect_at_first_is_told_to_look_at_the_join_string(tmp_path: Path) -> None:
+    async def scenario() -> Recorder:
+        stop = Stop()
+        recorder = Recorder(lambda event: stop.ask() if isinstance(event, Waiting) else None)
+        run = SmallRun(tmp_path / "run")
+        async with run:
+            await run.stop()
+            await work(run, tmp_path / "home", recorder, stop=stop)
+        return recorder
+
+    (waiting,) = asyncio.run(scenario()).named("waiting")
+    assert waiting["reason"].endswith("Check host and port of the join string.")
 
 
 def test_a_lease_with_hand_picked_shards_is_not_worked_on(tmp_path: Path) -> None:

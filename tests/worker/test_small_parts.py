@@ -7,6 +7,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,12 @@ from protocol.limits import MAX_TEXT_CHARACTERS
 from tests.protocol.examples import run_config
 from worker import progress
 from worker.backoff import DEFAULT_BACKOFF, as_asked_ms
-from worker.consent import ensure_consent, terms_text
+from worker.consent import ensure_consent, reflow, terms_text
 from worker.durable import disk_named, write_durably
 from worker.hardware import device_class, resolve_device, resolve_threads
 from worker.home import WorkerHome
 from worker.identity import load_or_make_identity, read_revocation
-from worker.progress import EVENTS, Refused, Step, Waiting
+from worker.progress import EVENTS, FILES, Downloaded, Leased, Refused, Step, Waiting
 from worker.reporters import JsonReporter, PlainReporter, TerminalReporter
 
 
@@ -153,6 +154,48 @@ def test_terms_are_shown_as_text_and_cannot_command_the_terminal() -> None:
     assert shown.count("\n") == lines
     assert all(line.isprintable() for line in shown.split("\n"))
     assert "\n\n?]0;owned??[2J?31m?red second\n" in shown
+
+
+def test_terms_are_broken_to_the_width_of_the_terminal_and_lists_stay_lists() -> None:
+    text = "Title:\n\nOne two\nthree four\nfive.\n\n- an item\n- another item of some length\n  code\nSix."
+
+    assert reflow(text, 20) == (
+        "Title:\n\nOne two three four\nfive.\n\n- an item\n- another item of\n  some length\n  code\nSix."
+    )
+
+
+def test_consent_names_the_source_of_the_data_and_that_nobody_checks_by_training_again() -> None:
+    shown = terms_text(run_config())
+
+    assert run_config().data.source in shown
+    assert "Nobody trains a unit again" in shown
+
+
+def test_what_was_fetched_is_named_for_a_person() -> None:
+    weights = "checkpoints/000003/transformer/diffusion_pytorch_model.safetensors"
+    assert Downloaded(file=weights, bytes=2048, seconds=0.1).line() == (
+        "Fetched the weights of checkpoint 3: 2.0 KiB in 0.1 s."
+    )
+    shard = f"shards/{'ab' * 32}.safetensors"
+    assert Downloaded(file=shard, bytes=40960, seconds=2).line() == "Fetched a shard of 40.0 KiB in 2.0 s."
+
+
+def test_the_live_line_says_that_files_are_waited_for_and_nothing_is_live_before_the_first_unit() -> None:
+    live = io.StringIO()
+    terminal = TerminalReporter(Console(file=live, width=200, force_terminal=True), lambda: "12:00:00")
+    terminal.report(Waiting(reason="nobody answers", code="UNREACHABLE", seconds=0.0))
+    assert live.getvalue().strip() == "\x1b[33m12:00:00 Waiting: nobody answers [UNREACHABLE]\x1b[0m"
+    lease = "l" * 32
+    terminal.report(
+        Leased(lease=lease, unit="u", round=1, index=2, steps=400, base_checkpoint=0, remaining_seconds=9.0)
+    )
+    terminal.report(Waiting(reason="no files", code="UNREACHABLE", seconds=30.0, part=FILES))
+    time.sleep(0.3)
+    terminal.close()
+
+    assert re.search(r"waiting for files, next try in (30|29) s", live.getvalue())
+    assert "/400" not in live.getvalue()
+    assert live.getvalue().rindex("\x1b[?25h") > live.getvalue().rindex("\x1b[?25l")  # the cursor is shown again
 
 
 def test_the_device_class_is_coarse_and_names_what_computes() -> None:
