@@ -118,7 +118,7 @@ def test_rebuild_shows_every_round_and_the_final_digest(run_directory: Path, ins
 def test_rebuild_keeps_its_result_where_it_is_told(run_directory: Path, tmp_path: Path) -> None:
     out = tmp_path / "rebuilt"
     result = _invoke("rebuild", run_directory, "--out", out)
-    assert f"It lies in {out}." in result.output
+    assert f"It lies in {out}: weights and description" in result.output
     published = run_directory / "public" / layout.checkpoint_directory(2)
     assert (out / layout.WEIGHTS).read_bytes() == (published / layout.WEIGHTS).read_bytes()
 
