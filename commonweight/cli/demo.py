@@ -43,7 +43,7 @@ def demo(
     )
     run = train(options, SETTINGS, DemoView(console))
     console.print(f"trained {rounds} rounds in {run.seconds:.0f} s: {run.state.headline()}", soft_wrap=True)
-    console.print("drawing 200 digits from the published checkpoint, and asking a classifier what it sees")
+    console.print("drawing 200 digits, and asking a classifier what it sees")
     _report(run, options)
 
 
