@@ -5,6 +5,8 @@ Pure: the time is an argument, the state is one number per caller.
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from ipaddress import IPv6Address, ip_address, ip_network
+from urllib.parse import unquote
 
 from protocol.errors import RateLimited
 from protocol.limits import MINUTE_MS
@@ -35,10 +37,12 @@ class RateLimit:
 
 def address_prefix(peer: str) -> str:
     """Return the /24 (IPv4) or /48 (IPv6) of a gRPC peer string such as `ipv4:127.0.0.1:5000`."""
-    kind, _, rest = peer.partition(":")
-    if kind == "ipv4":
-        return ".".join(rest.rsplit(":", 1)[0].split(".")[:3])
-    if kind == "ipv6":
-        host = rest.rsplit(":", 1)[0].replace("%5B", "").replace("%5D", "").strip("[]")
-        return ":".join(host.split(":")[:3])
-    return peer
+    host = unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
+    try:
+        address = ip_address(host.partition("%")[0])  # a link-local address carries its interface after a percent sign
+    except ValueError:
+        return peer
+    # Behind a socket that takes both families every IPv4 caller looks like ::ffff:1.2.3.4: they must not share a place.
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    known = mapped or address
+    return str(ip_network((known, 24 if known.version == 4 else 48), strict=False))

@@ -35,6 +35,7 @@ from protocol.limits import (
     SECOND_MS,
 )
 from protocol.printing import printable
+from protocol.wire import coordinator_pb2
 
 SERVICE: Final = "commonweight.v1.Coordinator"
 SESSION_METADATA: Final = "cw-session-bin"
@@ -135,8 +136,9 @@ def service_handler(implementation: object, *, door: Door | None = None) -> grpc
     as in the proto file; here every call is taken as a stream, because gRPC would wait for ever, and uncounted, for the
     one message of a unary call.
 
-    Raises `TypeError` if a call of the table is not implemented.
+    Raises `TypeError` if a call of the table is not implemented, or the proto file has one that the table has not.
     """
+    check_table([method.name for method in coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].methods])
     handlers: dict[str, Any] = {}
     for name, call in CALLS.items():
         method = getattr(implementation, name, None)
