@@ -1,7 +1,8 @@
 """The demo: a whole run on one machine, every process, socket, signature and file real.
 
-A coordinator and four volunteers, each a process of its own, train a small MMDiT on scanned digits over TLS on
-loopback; then the newest published checkpoint draws, and a classifier says how well.
+A coordinator with its auditor and a few volunteers, each a process of its own, train a small MMDiT on scanned digits
+over TLS on loopback, while hostile volunteers try to spoil it; then the newest published checkpoint draws, a classifier
+says how well, and the public log says what became of the hostile.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any, Final
 
+from commonweight.demo_story import Hostile
 from commonweight.demo_view import DemoState, DemoView
 from coordinator.directory import RunDirectory
 from coordinator.serve import Serving, read_serving
@@ -27,16 +29,20 @@ from protocol.errors import DirectoryNotEmpty, LocalProblem, TryLater
 START_SECONDS: Final = 120.0
 MEASURE_SECONDS: Final = 60.0
 MARKER: Final = ".commonweight-demo"
+HONEST_UNITS: Final = 4
+"""What a hostile volunteer of the demo does honestly first: its probation, and one unit more."""
 PORTS: Final = ("server.port=0", "server.public_port=0")
 """Any free ports: another coordinator, or another demo, may be running."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions:
-    """What the demo is asked to do."""
+    """What the demo is asked to do. Hostile volunteers come beside the honest ones and are numbered after them."""
 
     folder: Path
     volunteers: int
+    hostile: int
+    attack: str
     rounds: int
     seed: int
     limit_seconds: float
@@ -49,6 +55,7 @@ class DemoRun:
     directory: RunDirectory
     checkpoint: Path
     state: DemoState
+    hostile: tuple[Hostile, ...]
     seconds: float
 
 
@@ -80,7 +87,7 @@ def found_run(options: DemoOptions, settings: Sequence[str]) -> RunDirectory:
     for setting in (
         *settings,
         f"rounds.planned={options.rounds}",
-        f"rounds.units={options.volunteers}",
+        f"rounds.units={options.volunteers + options.hostile}",
         f"rounds.min_units={options.volunteers}",
         *PORTS,
     ):
@@ -93,7 +100,7 @@ def found_run(options: DemoOptions, settings: Sequence[str]) -> RunDirectory:
 
 
 class Cast:
-    """The demo's processes: one coordinator, several volunteers; all of them end with the demo."""
+    """The demo's processes: one coordinator, honest and hostile volunteers; all of them end with the demo."""
 
     def __init__(self, options: DemoOptions, directory: RunDirectory) -> None:
         self._options = options
@@ -108,7 +115,7 @@ class Cast:
         """Start `commonweight coordinator serve` and wait until it answers."""
         with (self._logs / "coordinator.log").open("wb") as log:
             self.coordinator = subprocess.Popen(
-                _command("coordinator", "serve", str(self._directory.root)),
+                _command("coordinator", "serve", str(self._directory.root), "--auditor-threads", "1"),
                 env=_environment(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -125,11 +132,28 @@ class Cast:
 
     def start_volunteer(self, number: int, join: str) -> None:
         """Start `commonweight worker start` in a home of its own, and read its events."""
-        home = self._options.folder / "volunteers" / str(number)
-        arguments = ["worker", "start", "--join", join, "--home", str(home), "--accept-terms", "--json"]
-        arguments += ["--device", "cpu", "--threads", "1"]
+        arguments = ["--join", join, "--home", str(self._options.folder / "volunteers" / str(number))]
+        arguments += ["--accept-terms", "--json", "--device", "cpu", "--threads", "1"]
         with (self._logs / f"volunteer-{number}.log").open("wb") as log:
-            process = subprocess.Popen(_command(*arguments), env=_environment(), stdout=subprocess.PIPE, stderr=log)
+            process = subprocess.Popen(
+                _command("worker", "start", *arguments), env=_environment(), stdout=subprocess.PIPE, stderr=log
+            )
+        self._attend(number, process)
+
+    def start_hostile(self, number: int, join: str) -> None:
+        """Start a volunteer that works honestly until it is trusted, and forges from then on."""
+        arguments = ["--join", join, "--home", str(self._options.folder / "volunteers" / str(number))]
+        arguments += ["--attack", self._options.attack, "--honest-units", str(HONEST_UNITS)]
+        with (self._logs / f"volunteer-{number}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "commonweight.hostile", *arguments],
+                env=_environment(),
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        self._attend(number, process)
+
+    def _attend(self, number: int, process: subprocess.Popen[bytes]) -> None:
         self.volunteers.append(process)
         threading.Thread(target=self._read, args=(number, process), daemon=True).start()
 
@@ -167,23 +191,38 @@ def train(options: DemoOptions, settings: Sequence[str], view: DemoView) -> Demo
     view.say("founding the run")
     directory = found_run(options, settings)
     cast = Cast(options, directory)
-    state = DemoState(rounds=options.rounds, volunteers=options.volunteers)
+    state = DemoState(rounds=options.rounds, volunteers=options.volunteers, hostile=options.hostile)
     try:
         view.say("starting the coordinator")
         serving = cast.start_coordinator()
         for number in range(1, options.volunteers + 1):
             cast.start_volunteer(number, serving.join)
+        for number in range(options.volunteers + 1, options.volunteers + options.hostile + 1):
+            cast.start_hostile(number, serving.join)
         view.say(f"{options.volunteers} volunteers join with {serving.join[:40]}…")
-        _follow(cast, directory, state, view, until=began + options.limit_seconds)
+        if options.hostile:
+            view.say(f"{options.hostile} more will turn hostile ({options.attack}) once they are trusted")
+        _follow(cast, directory, state, view, options, until=began + options.limit_seconds)
         _await((directory.public / layout.metrics_path(options.rounds)).exists, MEASURE_SECONDS)
     finally:
         view.close()
         cast.stop()
     checkpoint = directory.public / layout.checkpoint_directory(options.rounds)
-    return DemoRun(directory=directory, checkpoint=checkpoint, state=state, seconds=time.monotonic() - began)
+    return DemoRun(
+        directory=directory,
+        checkpoint=checkpoint,
+        state=state,
+        hostile=tuple(
+            Hostile(number=number, attack=options.attack, claims=state.people[number].claims())
+            for number in range(options.volunteers + 1, options.volunteers + options.hostile + 1)
+        ),
+        seconds=time.monotonic() - began,
+    )
 
 
-def _follow(cast: Cast, directory: RunDirectory, state: DemoState, view: DemoView, *, until: float) -> None:
+def _follow(
+    cast: Cast, directory: RunDirectory, state: DemoState, view: DemoView, options: DemoOptions, *, until: float
+) -> None:
     running = len(cast.volunteers)
     while running:
         try:
@@ -194,7 +233,7 @@ def _follow(cast: Cast, directory: RunDirectory, state: DemoState, view: DemoVie
             state.take(number, event)
             if event.get("event") == "exited":
                 running -= 1
-                if event["code"]:
+                if event["code"] and number <= options.volunteers:  # a banned one may well end with an error
                     raise LocalProblem(
                         f"Volunteer {number} ended with code {event['code']}; see logs/volunteer-{number}.log."
                     )

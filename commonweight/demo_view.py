@@ -17,13 +17,20 @@ from protocol import layout
 
 @dataclass(slots=True, kw_only=True)
 class Volunteer:
-    """What is known of one volunteer from its events."""
+    """What is known of one volunteer from its events. `claimed` maps claims to units; `forged` are units."""
 
     doing: str = "starting"
     units: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     loss: float | None = None
+    hostile: bool = False
+    claimed: dict[str, str] = field(default_factory=dict)
+    forged: set[str] = field(default_factory=set)
+
+    def claims(self) -> dict[str, bool]:
+        """Return the volunteer's claims by digest, and whether each was forged."""
+        return {claim: unit in self.forged for claim, unit in self.claimed.items()}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +39,7 @@ class DemoState:
 
     rounds: int
     volunteers: int
+    hostile: int = 0
     clock: Callable[[], float] = time.monotonic
     checkpoint: int = 0
     people: dict[int, Volunteer] = field(default_factory=dict)
@@ -39,7 +47,8 @@ class DemoState:
     published_at: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.people = {number: Volunteer() for number in range(1, self.volunteers + 1)}
+        everybody = range(1, self.volunteers + self.hostile + 1)
+        self.people = {number: Volunteer(hostile=number > self.volunteers) for number in everybody}
         self.published_at[0] = self.clock()
 
     def take(self, number: int, event: dict[str, Any]) -> None:
@@ -50,6 +59,10 @@ class DemoState:
                 person.doing = f"round {event['round']}, unit {event['index']}"
             case "step":
                 person.loss = event["loss"]
+            case "claimed":
+                person.claimed[event["claim"]] = event["unit"]
+            case "forged":
+                person.forged.add(event["unit"])
             case "downloaded":
                 person.bytes_down += event["bytes"]
             case "uploaded":
@@ -157,7 +170,7 @@ def _table(state: DemoState) -> Group:
         table.add_column(heading, justify="left" if heading in {"volunteer", "doing"} else "right", no_wrap=True)
     for number, person in state.people.items():
         table.add_row(
-            f"volunteer {number}",
+            f"volunteer {number}{' (hostile)' if person.hostile else ''}",
             str(person.units),
             "-" if person.loss is None else f"{person.loss:.4f}",
             f"{person.bytes_up / 1e6:.1f} MB",

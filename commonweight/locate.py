@@ -1,12 +1,15 @@
-"""Finding what a person means by a path: a checkpoint, or the newest one of a run; a run's public directory."""
+"""Finding what a person means: by a path a checkpoint, a run's newest one, or its public directory; by a text a run."""
 
 import re
 from pathlib import Path
 
 from protocol import layout
+from protocol.documents import RunId
 from protocol.errors import UsageError
+from protocol.join import JoinString
 
 _NUMBER = re.compile(r"[0-9]{6,}")
+_RUN_ID = re.compile(r"[0-9a-f]{64}")
 
 
 def public_directory(path: Path) -> Path:
@@ -43,6 +46,19 @@ def checkpoint_directory(path: Path) -> Path:
     if not published:
         raise UsageError(f"{folder} holds no published checkpoint.")
     return max(published)[1]
+
+
+def run_id(text: str | None) -> RunId | None:
+    """Return the run that a person names by its id or its join string; None for None.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text is None or _RUN_ID.fullmatch(text):
+        return None if text is None else RunId(text)
+    if text.startswith("cw1:"):
+        return JoinString.parse(text).run
+    raise UsageError(f"--run {text[:80]!r} is no run id: it has 64 hex digits, and is the last part of a join string.")
 
 
 def _require_directory(path: Path) -> None:

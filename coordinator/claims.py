@@ -1,30 +1,27 @@
 """What a device says of its work: the claim, the sketch, the bytes; and what it gets for each."""
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from coordinator import judging, verdicts
+from coordinator.audits import AuditReason, Scrutiny
 from coordinator.desk import Desk
-from coordinator.leasing import release_unit
-from coordinator.rounds import RoundState
+from coordinator.leasing import check_admitted
+from coordinator.owners import OwnerState
+from coordinator.records import fail_if_established, owner_of
+from coordinator.rounds import Round, RoundState
 from coordinator.sessions import Session
 from coordinator.units import (
     Attempt,
     AttemptState,
     Claimed,
-    Judged,
     OfferToUnit,
-    Outcome,
-    PublishVerdict,
     Received,
-    ReleaseUnit,
     Sketched,
-    Unit,
-    UnitAccepted,
+    UnitAssigned,
     UnitState,
     advance,
 )
-from coordinator.units import Instruction as Instruct
 from protocol.calls import Instruction
 from protocol.canonical import sha256_hex
 from protocol.documents import (
@@ -54,6 +51,7 @@ from protocol.errors import (
     WrongRun,
 )
 from protocol.limits import MAX_PEER_DOCUMENT_BYTES, SKETCH_BYTES, SKETCH_FLOATS
+from verify.policy import audit_share, is_drawn, too_fast
 
 _NEXT = {
     AttemptState.CLAIMED: Instruction.SKETCH,
@@ -78,7 +76,9 @@ def submit_claim(desk: Desk, session: Session, raw: bytes) -> ClaimAnswer:
 
     Checks: 0 signature by the session's device; 1 run and device; 2 the lease is this device's; 3 the lease's own
     bytes and unit; 4 artifacts; 5 no other claim; 6 the lease still takes claims; 7 the round is not too old.
+    A banned owner's claims are not taken at all.
     """
+    check_admitted(desk, session)
     claim = verify(Claim, raw, session.device_key, max_bytes=MAX_PEER_DOCUMENT_BYTES)  # 0
     payload = open_envelope(raw, Claim.TYPE, session.device_key)
     if claim.run != desk.run or claim.device != session.device:  # 1
@@ -95,10 +95,12 @@ def submit_claim(desk: Desk, session: Session, raw: bytes) -> ClaimAnswer:
             assert attempt.claim_receipt is not None  # stored with the claim
             return ClaimAnswer(receipt=attempt.claim_receipt, next=_NEXT[attempt.state])
         desk.store.add_evidence(attempt.lease, raw)
+        _doubt_conflict(desk, attempt)
         return ClaimAnswer(conflict=ClaimConflict())
     if attempt.state not in {AttemptState.LEASED, AttemptState.EXPIRED}:  # 6
         raise LeaseEnded
-    _check_age(desk, attempt.round)  # 7
+    if not judging.serves(desk, attempt.lease):
+        _check_age(desk, attempt.round)  # 7; a replica is not for the merge
     return ClaimAnswer(receipt=_accept_claim(desk, attempt, claim, raw, digest), next=Instruction.SKETCH)
 
 
@@ -114,31 +116,70 @@ def _check_artifacts(desk: Desk, claim: Claim) -> None:
         raise ClaimMismatch(f"A unit of this run has {samples} samples; the claim says {claim.samples}.")
 
 
+def _doubt_conflict(desk: Desk, attempt: Attempt) -> None:
+    """Two signed claims for one lease: the first one stands, and is looked at."""
+    waiting = attempt.state in (AttemptState.CLAIMED, AttemptState.SKETCHED, AttemptState.RECEIVED)
+    audited = desk.config.verification.mode == "replay" and not judging.in_closed_merge(desk, attempt)
+    if audited and waiting and attempt.scrutiny is Scrutiny.NONE:
+        judging.put_in_doubt(desk, attempt, AuditReason.CONFLICT)
+
+
 def _check_age(desk: Desk, round_number: int) -> None:
     """Raise `RoundTooOld` if the next merge may not take work of this round any more."""
-    current = desk.store.latest_round()
-    assert current is not None  # a lease was given, so a round was opened
-    # The merge set of a round that no longer collects is fixed: what comes now is for the one after it.
-    next_merge = current.round if current.state is RoundState.COLLECTING else current.round + 1
+    late = _late(desk, round_number)
     bound = desk.config.rounds.staleness_bound
-    if next_merge - round_number > bound and current.round < desk.config.rounds.planned:
+    if late > bound and _current(desk).round < desk.config.rounds.planned:
         raise RoundTooOld(
-            f"The unit is of round {round_number}; the next merge is round {next_merge}'s, which takes work that is at "
-            f"most {bound} rounds late."
+            f"The unit is of round {round_number}; the next merge is round {round_number + late}'s, which takes work "
+            f"that is at most {bound} rounds late."
         )
 
 
-def _accept_claim(desk: Desk, attempt: Attempt, claim: Claim, raw: bytes, digest: Digest) -> bytes:
+def _late(desk: Desk, round_number: int) -> int:
+    """Return by how many rounds work of a round that comes now is late."""
+    current = _current(desk)
+    # The merge set of a round that no longer collects is fixed: what comes now is for the one after it.
+    next_merge = current.round if current.state is RoundState.COLLECTING else current.round + 1
+    return max(0, next_merge - round_number)
+
+
+def _current(desk: Desk) -> Round:
     current = desk.store.latest_round()
     assert current is not None  # a lease was given, so a round was opened
-    entry = desk.log("claim", {"claim": digest})  # the claim's own salt keeps its digest from being guessed
+    return current
+
+
+def _scrutiny(desk: Desk, attempt: Attempt, epoch: int, claim: Digest) -> tuple[int, AuditReason | None, int]:
+    """Return the probability of an audit, why there is one if there is, and the time from lease to claim."""
+    rules = desk.config.verification
+    owner = owner_of(desk, attempt.owner)
+    established = owner.state is OwnerState.ESTABLISHED
+    share = audit_share(rules, established=established, valid_in_row=owner.valid_in_row)
+    trained_ms = max(0, desk.clock.now_ms() - attempt.leased_ms)
+    if rules.mode == "none":
+        return share, None, trained_ms
+    if not established:
+        return share, AuditReason.PROBATION, trained_ms
+    if is_drawn(desk.epoch_secret(epoch), claim, share):
+        return share, AuditReason.DRAWN, trained_ms
+    return share, AuditReason.TOO_FAST if too_fast(trained_ms, owner.audited_ms) else None, trained_ms
+
+
+def _accept_claim(desk: Desk, attempt: Attempt, claim: Claim, raw: bytes, digest: Digest) -> bytes:
+    epoch = _current(desk).round
+    share, reason, trained_ms = _scrutiny(desk, attempt, epoch, digest)
+    # The claim's own salt keeps its digest from being guessed.
+    body = {"audit_share": share, "claim": digest, "epoch": epoch, "member": desk.member(attempt.owner)}
+    entry = desk.log("claim", body)
     receipt = sign(
         ClaimReceipt(
             run=desk.run,
             claim=digest,
-            epoch=current.round,
+            epoch=epoch,
             log_position=entry.position,
-            sketch_seed=desk.sketch_seed(current.round, digest),
+            sketch_seed=desk.sketch_seed(epoch, digest),
+            audit_share=share,
+            secret_sha256=sha256_hex(desk.epoch_secret(epoch)),
         ),
         desk.key,
     )
@@ -148,6 +189,10 @@ def _accept_claim(desk: Desk, attempt: Attempt, claim: Claim, raw: bytes, digest
         artifacts=claim.artifacts,
         receipt=receipt,
         deadline_ms=desk.clock.now_ms() + desk.config.rounds.upload_ms,
+        trained_ms=trained_ms,
+        epoch=epoch,
+        audit_share=share,
+        reason=reason,
     )
     claimed, _ = advance(attempt, event)
     desk.store.save_attempt(attempt, claimed)
@@ -172,6 +217,8 @@ def submit_sketch(desk: Desk, session: Session, claim: bytes, sketch: bytes) -> 
     if attempt.state is AttemptState.CLAIMED:
         sketched, _ = advance(attempt, Sketched(sketch=sketch))
         desk.store.save_attempt(attempt, sketched)
+        if desk.config.verification.mode == "replay":
+            sketched = judging.take_as_replica(desk, sketched)
         return _NEXT[sketched.state]
     if attempt.sketch is not None and attempt.sketch != sketch:
         raise SketchInvalid("Another sketch was sent for this claim before; the first one stands.")
@@ -180,11 +227,12 @@ def submit_sketch(desk: Desk, session: Session, claim: bytes, sketch: bytes) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """An artifact that may be uploaded now."""
+    """An artifact that may be uploaded now. `sketch`: (seed, sketch) of what a replica's bytes must turn out to be."""
 
     claim: Digest
     artifact: Artifact
     attempt: Attempt
+    sketch: tuple[Digest, bytes] | None = None
 
 
 def expected_artifact(desk: Desk, session: Session, claim: bytes, role: str) -> Expected | bytes:
@@ -201,10 +249,16 @@ def expected_artifact(desk: Desk, session: Session, claim: bytes, role: str) -> 
         raise BytesRefused(f"This claim was {verdict.outcome} already: {verdict.sentence}")
     if attempt.state is not AttemptState.SKETCHED:
         raise StepOutOfOrder
-    _check_age(desk, attempt.round)
+    sketch = None
+    if judging.serves(desk, attempt.lease):
+        assert attempt.epoch is not None
+        assert attempt.sketch is not None
+        sketch = (desk.sketch_seed(attempt.epoch, Digest(claim.hex())), attempt.sketch)
+    else:
+        _check_age(desk, attempt.round)
     for artifact in attempt.artifacts:
         if artifact.role == role:
-            return Expected(claim=Digest(claim.hex()), artifact=artifact, attempt=attempt)
+            return Expected(claim=Digest(claim.hex()), artifact=artifact, attempt=attempt, sketch=sketch)
     raise ClaimMismatch(f"The claim has no artifact called {role[:32]!r}.")
 
 
@@ -215,7 +269,8 @@ def record_received(desk: Desk, lease: LeaseId) -> bytes:
     assert attempt is not None
     if attempt.bytes_receipt is not None:
         return attempt.bytes_receipt
-    _check_age(desk, attempt.round)  # the round may have moved on while the bytes travelled: no receipt then
+    if not judging.serves(desk, lease):
+        _check_age(desk, attempt.round)  # the round may have moved on while the bytes travelled: no receipt then
     assert attempt.claim_sha256 is not None
     entry = desk.log("bytes", {"claim": attempt.claim_sha256})
     receipt = sign(
@@ -224,33 +279,31 @@ def record_received(desk: Desk, lease: LeaseId) -> bytes:
         ),
         desk.key,
     )
-    received, instructions = advance(attempt, Received(receipt=receipt))
+    received, instructions = advance(attempt, Received(receipt=receipt, late=_late(desk, attempt.round)))
     store.save_attempt(attempt, received)
-    _carry_out(desk, received, instructions)
+    for instruction in instructions:
+        if isinstance(instruction, OfferToUnit):
+            _offer(desk, received)
     return receipt
 
 
-def _carry_out(desk: Desk, attempt: Attempt, instructions: Sequence[Instruct]) -> None:
-    """Do what the attempt's lifecycle says must follow."""
-    for instruction in instructions:
-        match instruction:
-            case OfferToUnit():
-                _offer(desk, attempt)
-            case ReleaseUnit():
-                release_unit(desk, instruction.unit)
-            case PublishVerdict():
-                _log_verdict(desk, instruction.verdict_envelope)
-
-
 def _offer(desk: Desk, attempt: Attempt) -> None:
-    """Settle the unit with this attempt; judge the attempt at once if no merge will need it."""
+    """Let the attempt stand for its unit, audited if it must be; judge it at once if no merge will need it."""
+    if judging.replica_received(desk, attempt):
+        return
     unit = desk.store.unit(attempt.unit)
     assert unit is not None
-    if unit.state is UnitState.SETTLED:
-        judge(desk, attempt, unused_verdict(desk, attempt, unit))
+    others = desk.store.attempts_of_unit(unit.unit)
+    taken = any(other.state is AttemptState.RECEIVED and other.lease != attempt.lease for other in others)
+    if unit.state is UnitState.SETTLED or taken:
+        verdicts.judge(desk, attempt, verdicts.unused(desk, attempt, unit))
         return
-    accepted, _ = advance(unit, UnitAccepted(lease=attempt.lease))
-    desk.store.save_unit(unit, accepted)
+    if unit.state is UnitState.OPEN:  # put back meanwhile: nobody else need train it now
+        assigned, _ = advance(unit, UnitAssigned())
+        desk.store.save_unit(unit, assigned)
+    if attempt.scrutiny is Scrutiny.PENDING:
+        assert attempt.reason is not None
+        judging.open_audit(desk, attempt, attempt.reason)
 
 
 def record_refused(desk: Desk, lease: LeaseId, refusal: Refusal) -> None:
@@ -259,74 +312,9 @@ def record_refused(desk: Desk, lease: LeaseId, refusal: Refusal) -> None:
     assert attempt is not None
     if attempt.state is not AttemptState.SKETCHED:
         return
-    judge(desk, attempt, _verdict(desk, attempt, "rejected", refusal.code, refusal.message, 0, None))
-
-
-def _verdict(
-    desk: Desk, attempt: Attempt, outcome: str, code: str, sentence: str, weight: int, checkpoint: int | None
-) -> Verdict:
-    assert attempt.claim_sha256 is not None
-    assert outcome in ("accepted", "rejected")
-    return Verdict(
-        run=desk.run,
-        claim=attempt.claim_sha256,
-        unit=attempt.unit,
-        outcome="accepted" if outcome == "accepted" else "rejected",
-        code=code,
-        sentence=sentence,
-        weight=weight,
-        checkpoint=checkpoint,
-    )
-
-
-def unused_verdict(desk: Desk, attempt: Attempt, unit: Unit) -> Verdict:
-    """The verdict on good work that no merge needs: another attempt came first, or the round had moved on."""
-    if unit.outcome is Outcome.ACCEPTED and unit.chosen != attempt.lease:
-        sentence = "Another volunteer's result for this unit had arrived first; yours is kept as a replica."
-        return _verdict(desk, attempt, "accepted", "REPLICA", sentence, 0, None)
-    sentence = "The unit's round had closed without it, and no later round can merge it any more."
-    return _verdict(desk, attempt, "accepted", "TOO_LATE", sentence, 0, None)
-
-
-def merged_verdict(desk: Desk, attempt: Attempt, weight: int, checkpoint: int) -> Verdict:
-    """The verdict on work that was merged."""
-    share = f"{100 * weight / 2**24:.2f} %"
-    sentence = f"Merged into checkpoint {checkpoint}: {share} of that merge is this delta."
-    return _verdict(desk, attempt, "accepted", "MERGED", sentence, weight, checkpoint)
-
-
-def stale_verdict(desk: Desk, attempt: Attempt) -> Verdict:
-    """The verdict on work that came in time to be stored but too late to be merged."""
-    sentence = f"The unit's round {attempt.round} is too many rounds behind to be merged."
-    return _verdict(desk, attempt, "rejected", RoundTooOld.code, sentence, 0, None)
-
-
-def judge(desk: Desk, attempt: Attempt, verdict: Verdict) -> None:
-    """Sign, store and log a verdict, and do what follows from it."""
-    judged, instructions = advance(attempt, Judged(verdict_envelope=sign(verdict, desk.key)))
-    desk.store.save_attempt(attempt, judged)
-    _carry_out(desk, judged, instructions)
-
-
-def _log_verdict(desk: Desk, envelope: bytes) -> None:
-    verdict = verify(Verdict, envelope, desk.key.public)
-    desk.log(
-        "verdict",
-        {
-            "checkpoint": verdict.checkpoint,
-            "claim": verdict.claim,
-            "code": verdict.code,
-            "outcome": verdict.outcome,
-            "weight": verdict.weight,
-        },
-    )
-
-
-def verdicts(desk: Desk, session: Session, claims: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    """Return the verdicts that are known for this device's claims."""
-    found = []
-    for claim in claims:
-        attempt = desk.store.attempt_of_claim(Digest(claim.hex()))
-        if attempt is not None and attempt.device == session.device and attempt.verdict_envelope is not None:
-            found.append(attempt.verdict_envelope)
-    return tuple(found)
+    marked = replace(attempt, refused=True)
+    desk.store.save_attempt(attempt, marked)
+    verdicts.judge(desk, marked, verdicts.refused(desk, marked, refusal))
+    if desk.config.verification.mode == "replay":
+        fail_if_established(desk, attempt.owner)
+        judging.replica_gone(desk, lease)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator import claims, leasing, settling
+from coordinator import claims, judging, leasing, settling, verdicts
 from coordinator.blobs import BlobStore
 from coordinator.desk import CLOCK_KEY, Desk
 from coordinator.publisher import PublishedManifest, Publisher
@@ -27,11 +27,12 @@ from protocol import layout
 from protocol.calls import Instruction
 from protocol.documents import Digest, FileEntry
 from protocol.errors import (
+    AuditUnknown,
     CommonweightError,
     CoordinatorDiskFull,
     HistoryDiffers,
 )
-from protocol.limits import LEASE_WAIT_MS, SETTLER_PATIENCE_MS, STAGING_GRACE_MS
+from protocol.limits import APPEAL_MS, LEASE_WAIT_MS, SETTLER_PATIENCE_MS, STAGING_GRACE_MS, UPLOAD_CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 TICK_SECONDS = 0.5
 SWEEP_SECONDS = 600.0
+TELL_SECONDS = 2.0
 SETTLE_RETRY_SECONDS = 5.0
 CLOCK_AHEAD_MS = 2_000
 WATCH_SECONDS = 30.0
@@ -56,7 +58,6 @@ class Control:
         publisher: Publisher,
         settler: SettlerClient,
         heldout: Path,
-        retain_rounds: int,
         writer: ThreadPoolExecutor,
     ) -> None:
         self._desk = desk
@@ -65,14 +66,16 @@ class Control:
         self._publisher = publisher
         self._settler = settler
         self._heldout = heldout
-        self._retain_rounds = retain_rounds
         self._writer = writer
         self._clock_floor_ms = 0
         self.uploads = Uploads(
             decide=self.decide, changed=self._upload_ended, staging=staging, blobs=blobs, settler=settler
         )
         self._changed = asyncio.Condition()
-        self._round_closed = asyncio.Event()
+        self._round_due = asyncio.Event()
+        self._comparison_due = asyncio.Event()
+        self._telling = asyncio.Lock()
+        self._tail_position = -1
         self._background: set[asyncio.Task[None]] = set()
 
     # --- the database ----------------------------------------------------------------------------------------
@@ -103,27 +106,36 @@ class Control:
 
     # --- calls -----------------------------------------------------------------------------------------------
 
-    async def admit(self, session: Session) -> None:
-        """Refuse a session to the banned."""
-        await self.decide(lambda desk: leasing.check_admitted(desk, session))
-
     async def lease(self, session: Session, wait_ms: int) -> leasing.Leased | leasing.NoWork:
         """Return a unit, waiting at most `wait_ms` for one."""
         if not await asyncio.to_thread(self._staging.has_room):
             # Whoever trains now could not deliver, and every lease is a row in the database.
             raise CoordinatorDiskFull("The coordinator is short of disk space and gives out no units now.")
+        last: list[leasing.NoWork] = []
+
+        def ask(desk: Desk) -> leasing.Leased | None:
+            answer = leasing.lease_unit(desk, session)
+            if isinstance(answer, leasing.Leased):
+                return answer
+            last[:] = [answer]
+            return None
+
+        return await self._await_answer(ask, wait_ms) or last[0]
+
+    async def _await_answer(self, ask: Callable[[Desk], T | None], wait_ms: int) -> T | None:
+        """Ask again whenever something has changed, until there is an answer or the time is over."""
         loop = asyncio.get_running_loop()
         end = loop.time() + min(wait_ms, LEASE_WAIT_MS) / 1000
         while True:
             async with self._changed:
-                answer = await self.decide(lambda desk: leasing.lease_unit(desk, session))
+                answer = await self.decide(ask)
                 left = end - loop.time()
-                if isinstance(answer, leasing.Leased) or left <= 0:
+                if answer is not None or left <= 0:
                     return answer
                 try:
                     await asyncio.wait_for(self._changed.wait(), left)
                 except TimeoutError:
-                    return answer
+                    return None
 
     async def hand_back(self, session: Session, lease: str) -> None:
         """Take a unit back and offer it to those who wait."""
@@ -139,11 +151,37 @@ class Control:
 
     async def submit_sketch(self, session: Session, claim: bytes, sketch: bytes) -> Instruction:
         """Take a sketch."""
-        return await self.decide(lambda desk: claims.submit_sketch(desk, session, claim, sketch))
+        following = await self.decide(lambda desk: claims.submit_sketch(desk, session, claim, sketch))
+        if following is Instruction.KEEP:
+            self._comparison_due.set()
+        return following
 
     async def verdicts(self, session: Session, asked: tuple[bytes, ...]) -> tuple[bytes, ...]:
         """Return the verdicts that are known."""
-        return await self.decide(lambda desk: claims.verdicts(desk, session, asked))
+        return await self.decide(lambda desk: verdicts.known(desk, session, asked))
+
+    async def appeal(self, session: Session, claim: bytes) -> None:
+        """Send a refuted claim to a second referee."""
+        await self.decide(lambda desk: judging.appeal(desk, session, claim))
+        await self._wake()
+
+    # --- an auditor's calls ----------------------------------------------------------------------------------
+
+    async def take_audit(self, session: Session, wait_ms: int) -> judging.AuditOrder | None:
+        """Return claims for an auditor to judge, waiting at most `wait_ms` for some."""
+        return await self._await_answer(lambda desk: judging.take_audit(desk, session), wait_ms)
+
+    async def read_artifact(self, session: Session, claim: bytes, role: str, offset: int) -> bytes:
+        """Return a piece of an artifact that an auditor judges."""
+        artifact = await self.decide(lambda desk: judging.artifact_to_judge(desk, session, claim, role))
+        path = self._blobs.path(Digest(artifact.blob_sha256))
+        return await asyncio.to_thread(_read_piece, path, offset)
+
+    async def submit_opinions(self, session: Session, envelopes: tuple[bytes, ...]) -> None:
+        """Take an auditor's opinions, and do what follows from them."""
+        await self.decide(lambda desk: judging.submit_opinions(desk, session, envelopes))
+        await self.turn()
+        await self._wake()
 
     async def _upload_ended(self) -> None:
         await self.turn()
@@ -152,15 +190,16 @@ class Control:
     # --- the clockwork ---------------------------------------------------------------------------------------
 
     async def turn(self) -> None:
-        """Do what is due: end leases, close the round."""
+        """Do what is due: end leases, let audits go on, see whether the round must close."""
 
-        def due(desk: Desk) -> tuple[int, Round | None]:
-            return leasing.expire_due(desk), settling.close_if_due(desk)
+        def due(desk: Desk) -> tuple[int, bool]:
+            ended = leasing.expire_due(desk) + judging.expire_audits(desk)
+            return ended, settling.plan_if_due(desk) is not None
 
-        ended, closed = await self.decide(due)
-        if closed is not None:
-            self._round_closed.set()
-        if ended or closed is not None:
+        ended, round_due = await self.decide(due)
+        if round_due:
+            self._round_due.set()
+        if ended:
             await self._wake()
 
     async def tick(self) -> None:
@@ -172,6 +211,64 @@ class Control:
                 logger.error("nothing could be decided: %s", error, extra={"action": "turn_failed"})
                 await asyncio.sleep(SETTLE_RETRY_SECONDS)
             await asyncio.sleep(TICK_SECONDS)
+
+    async def compare(self) -> None:
+        """Compare replicas with what they repeat, for ever."""
+        while True:
+            self._comparison_due.clear()
+            due = await self.decide(judging.comparisons_due)
+            for comparison in due:
+                try:
+                    await self._compare(comparison)
+                except (CommonweightError, OSError) as error:
+                    logger.error(
+                        "audit %d: the replica could not be compared: %s",
+                        comparison.audit,
+                        error,
+                        extra={"action": "compare_failed"},
+                    )
+                    await asyncio.sleep(SETTLE_RETRY_SECONDS)
+            if due:
+                await self.turn()
+                await self._wake()
+            else:
+                await self._comparison_due.wait()
+
+    async def _compare(self, due: judging.ComparisonDue) -> None:
+        answer = await self._settler.call(
+            "compare",
+            path=str(self._blobs.path(due.blob_sha256)),
+            unit=due.unit,
+            seed=due.seed,
+            sketch=due.sketch.hex(),
+        )
+        difference = float(answer["difference"])
+        await self.decide(lambda desk: judging.record_comparison(desk, due.audit, difference))
+
+    async def tell(self) -> None:
+        """Reveal what may be revealed, and keep the public end of the log up to date, for ever."""
+        while True:
+            try:
+                await self._tell()
+            except (CommonweightError, OSError) as error:
+                logger.error("the log's end could not be written: %s", error, extra={"action": "tell_failed"})
+            await asyncio.sleep(TELL_SECONDS)
+
+    async def _tell(self) -> None:
+        def end(desk: Desk) -> tuple[int, bytes] | None:
+            current = desk.store.latest_round()
+            published = 0 if current is None else current.round - (current.manifest_sha256 is None)
+            judging.reveal_epochs(desk, published)
+            position = desk.store.log_head()[0]
+            if position == self._tail_position:
+                return None
+            return position, settling.log_tail(desk, published)
+
+        async with self._telling:
+            found = await self.decide(end)
+            if found is not None:
+                await asyncio.to_thread(self._publisher.add_log_tail, found[1])
+                self._tail_position = found[0]
 
     async def watch_settler(self) -> None:
         """End when the settler no longer answers; the supervisor then starts everything anew."""
@@ -187,27 +284,64 @@ class Control:
             older = self._desk.config.rounds.lease_ms + STAGING_GRACE_MS
             try:
                 await asyncio.to_thread(self._staging.sweep, older, now)
-            except OSError as error:
+                unmerged = await self.decide(lambda desk: desk.store.unmerged_blobs())
+                await asyncio.to_thread(self._forget, unmerged, now)
+            except (CommonweightError, OSError) as error:
                 logger.error("unfinished uploads could not be swept: %s", error, extra={"action": "sweep_failed"})
             await asyncio.sleep(SWEEP_SECONDS)
+
+    def _forget(self, digests: tuple[Digest, ...], now_ms: int) -> None:
+        """Remove deltas that nothing merged, once nobody can appeal any more.
+
+        A file's age is that of its arrival; its verdict may have come a while later.
+        """
+        for digest in digests:
+            path = self._blobs.path(digest)
+            if path.exists() and now_ms - path.stat().st_mtime_ns // 1_000_000 > 2 * APPEAL_MS:
+                self._blobs.remove(digest)
 
     async def settle(self) -> None:
         """Merge and publish closed rounds as they come, for ever; begins with one that a crash interrupted."""
         while True:
-            self._round_closed.clear()
+            self._round_due.clear()
             closed = await self.decide(settling.unfinished_round)
-            if closed is None:
-                await self._round_closed.wait()
+            plan = None if closed is not None else await self.decide(settling.plan_if_due)
+            if closed is None and plan is None:
+                await self._round_due.wait()
                 continue
             try:
-                await self._settle(closed)
+                if plan is not None:
+                    await self._close(plan)
+                elif closed is not None:
+                    await self._settle(closed)
             except (CommonweightError, OSError) as error:
-                # A full disk, most likely. The round stays closed with its merge set; nothing is lost by waiting.
-                logger.error(
-                    "round %d could not be settled: %s", closed.round, error, extra={"action": "settle_failed"}
-                )
+                # A full disk, most likely. The round stays as it is, with all that came; nothing is lost by waiting.
+                logger.error("the round could not be settled: %s", error, extra={"action": "settle_failed"})
                 await asyncio.sleep(SETTLE_RETRY_SECONDS)
             await self._wake()
+
+    async def _close(self, plan: settling.MergePlan) -> None:
+        """Weigh what is to be merged and fix it; what stands out is audited instead, and the round waits on."""
+        if plan.seed is None:
+            await self.decide(lambda desk: settling.close(desk, plan, settling.weigh_plainly(desk, plan)))
+            return
+        answer = await self._settler.call(
+            "weigh",
+            base=str(self._publisher.directory(plan.round - 1) / layout.WEIGHTS),
+            heldout=str(self._heldout),
+            seed=plan.seed,
+            entries=[
+                {
+                    **asdict(entry),
+                    "path": str(self._blobs.path(Digest(entry.blob_sha256))),
+                }
+                for entry in plan.entries
+            ],
+        )
+        weighed = settling.Weighed(outliers=answer["outliers"], weights=answer["weights"])
+        for claim, reason in weighed.outliers.items():
+            logger.info("claim %s stands out (%s) and is audited", claim[:12], reason, extra={"action": "outlier"})
+        await self.decide(lambda desk: settling.close(desk, plan, weighed))
 
     async def _settle(self, closed: Round) -> None:
         number = closed.round
@@ -216,7 +350,7 @@ class Control:
         if published is None:
             published = await self._merge_and_publish(merging)
         else:
-            if published.manifest.merged != merging.merge:
+            if (published.manifest.merged, published.manifest.unmerged) != (merging.merge, merging.unmerge):
                 # Nobody may see two checkpoints under one number, not even after an old backup was restored.
                 raise HistoryDiffers(f"Checkpoint {number} was published with other deltas than the database names.")
             await asyncio.to_thread(self._publisher.point_to, number)
@@ -230,15 +364,15 @@ class Control:
         logger.info("checkpoint %d published", number, extra={"action": "published"})
         if number >= self._desk.config.rounds.planned:
             logger.info("the run is finished; volunteers are told so, and the public files stay for everybody to fetch")
-        tail = await self.decide(lambda desk: settling.log_tail(desk, number))
-        await asyncio.to_thread(self._publisher.add_log_tail, tail)
+        await self._tell()
         await asyncio.to_thread(self._prune, number)
         self._start(self._measure(number))
 
     def _prune(self, newest: int) -> None:
         """Keep the deltas of the newest `retain_rounds` rounds (0: of all); older ones are digests in manifests."""
-        old = newest - self._retain_rounds
-        if self._retain_rounds and old > 0:
+        retain = self._desk.retain_rounds
+        old = newest - retain
+        if retain and old > 0:
             for entry in self._publisher.prune(old):
                 self._blobs.remove(Digest(entry.blob_sha256))
 
@@ -253,6 +387,14 @@ class Control:
             out=str(place),
             base_files=await asyncio.to_thread(self._publisher.state_files, number - 1),
             entries=[{**asdict(entry), "path": str(path)} for entry, path in blobs],
+            unmerge=[
+                {
+                    **asdict(entry),
+                    "path": str(self._blobs.path(Digest(entry.blob_sha256))),
+                    "rounds_ago": number - 1 - entry.checkpoint,
+                }
+                for entry in merging.unmerge
+            ],
         )
         merged_files = [FileEntry(**entry) for entry in answer["files"]]
         lines = await self.decide(lambda desk: settling.log_lines(desk, number))
@@ -314,3 +456,12 @@ class Control:
             "units_assigned": counts.get(UnitState.ASSIGNED, 0),
             "units_accepted": desk.store.received_count(current.round),
         }
+
+
+def _read_piece(path: Path, offset: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(UPLOAD_CHUNK_BYTES)
+    except FileNotFoundError:
+        raise AuditUnknown("The claim's bytes are not kept any more.") from None

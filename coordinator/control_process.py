@@ -53,7 +53,7 @@ class Wiring:
     public_url: str
 
 
-def open_desk(directory: RunDirectory, identity: RunIdentity, delta_bytes: int) -> Desk:
+def open_desk(directory: RunDirectory, identity: RunIdentity, delta_bytes: int, retain_rounds: int) -> Desk:
     """Open the database and the clock of a run; must be called in the writer's thread."""
     store = SqliteStore.open(directory.database)
     return Desk(
@@ -63,6 +63,7 @@ def open_desk(directory: RunDirectory, identity: RunIdentity, delta_bytes: int) 
         key=identity.coordinator,
         run_secret=identity.run_secret,
         delta_bytes=delta_bytes,
+        retain_rounds=retain_rounds,
         store=store,
         clock=WallClock(int(store.meta(CLOCK_KEY) or 0)),
     )
@@ -84,7 +85,14 @@ async def _build(wiring: Wiring, settler: SettlerClient, writer: ThreadPoolExecu
     settings = wiring.directory.settings()
     facts = await settler.call("describe")
     loop = asyncio.get_running_loop()
-    desk = await loop.run_in_executor(writer, open_desk, wiring.directory, identity, int(facts["delta_bytes"]))
+    desk = await loop.run_in_executor(
+        writer,
+        open_desk,
+        wiring.directory,
+        identity,
+        int(facts["delta_bytes"]),
+        settings.storage.retain_rounds,
+    )
     # What a merge writes: weights and as much momentum. An upload must never take the room that its own merge needs.
     one_merge = 2 * (wiring.directory.checkpoint(0) / layout.WEIGHTS).stat().st_size
     control = Control(
@@ -94,11 +102,12 @@ async def _build(wiring: Wiring, settler: SettlerClient, writer: ThreadPoolExecu
         publisher=Publisher(wiring.directory.public, identity.coordinator),
         settler=settler,
         heldout=wiring.directory.public / layout.shard_path(identity.config.data.heldout.sha256),
-        retain_rounds=settings.storage.retain_rounds,
         writer=writer,
     )
     sessions = Sessions(
         run=identity.run,
+        root=identity.root_public,
+        wall_ms=desk.clock.now_ms,
         config=identity.config,
         certificate_sha256=identity.certificate_sha256,
         upgrade_hint=(
@@ -153,6 +162,8 @@ def _clockwork(control: Control) -> list[tuple[str, Coroutine[Any, Any, None]]]:
         ("tick", control.tick()),
         ("sweep", control.sweep()),
         ("settle", control.settle()),
+        ("compare", control.compare()),
+        ("tell", control.tell()),
         ("watch", control.watch_settler()),
     ]
 

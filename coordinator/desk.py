@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from coordinator.clock import Clock
 from coordinator.store import Store
+from protocol.assignment import member_of
 from protocol.canonical import canonical_json
 from protocol.documents import Digest, RunConfig, RunId
 from protocol.keys import PrivateKey
@@ -20,7 +21,7 @@ CLOCK_KEY = "clock_ms"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Desk:
-    """The coordinator's identity, rules, store and clock."""
+    """The coordinator's identity, rules, store and clock. `retain_rounds`: rounds whose deltas are kept, 0 for all."""
 
     run: RunId
     config: RunConfig
@@ -28,6 +29,7 @@ class Desk:
     key: PrivateKey
     run_secret: bytes
     delta_bytes: int
+    retain_rounds: int
     store: Store
     clock: Clock
 
@@ -45,4 +47,4 @@ class Desk:
 
     def member(self, owner: str) -> Digest:
         """Return an owner's pseudonym in this run: stable, and not linkable to the same key in another run."""
-        return Digest(hashlib.sha256(b"commonweight/member/v1\0" + bytes.fromhex(self.run + owner)).hexdigest())
+        return member_of(self.run, owner)

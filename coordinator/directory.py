@@ -2,7 +2,8 @@
 
 DIR/run.toml           the operator's words
     run.json           the signed run config; a directory is a run from the moment this file is there
-    keys/              coordinator.pem, tls.key, tls.crt, run_secret: 0600 in 0700. Never the root key
+    keys/              coordinator.pem, tls.key, tls.crt, run_secret, auditor.pem: 0600 in 0700. Never the root key
+    auditor/           cache and signed opinions of the run's own auditor
     state.sqlite       blobs/  staging/  lock
     public/            static files, see `protocol.layout`
 """
@@ -88,6 +89,21 @@ class RunDirectory:
     def tls_certificate(self) -> Path:
         """The self-signed TLS certificate."""
         return self.keys / "tls.crt"
+
+    @property
+    def auditor_key(self) -> Path:
+        """The private key of the run's own auditor, a referee that `serve` starts beside the coordinator."""
+        return self.keys / "auditor.pem"
+
+    @property
+    def auditor_delegation(self) -> Path:
+        """The root's delegation of that key."""
+        return self.keys / "auditor-delegation.json"
+
+    @property
+    def auditor_home(self) -> Path:
+        """Where that auditor keeps its cache and its opinions."""
+        return self.root / "auditor"
 
     @property
     def run_secret(self) -> Path:

@@ -47,7 +47,7 @@ from protocol.documents import (
     sign,
 )
 from protocol.errors import ConfigInvalid, DelegationInvalid, DirectoryNotEmpty, KeyUnreadable, ShardCorrupt
-from protocol.keys import PrivateKey
+from protocol.keys import PrivateKey, PublicKey
 from protocol.limits import DELEGATION_MS, MAX_SHARD_BYTES
 
 SEED_BYTES: Final = 32
@@ -64,6 +64,7 @@ def found(
     root_key_out: Path,
     seed: bytes | None,
     now_ms: int,
+    calibration: bytes | None = None,
 ) -> RunIdentity:
     """Make a run in `directory`, with checkpoint 0 published in it.
 
@@ -74,6 +75,7 @@ def found(
         root_key_out: where the root's private key goes. An existing file is never overwritten.
         seed: 32 bytes for the first weights, or None to draw them.
         now_ms: UTC milliseconds; the delegation and the certificate run from here.
+        calibration: what `verification.evidence_sha256` is the digest of; it is published.
 
     Raises:
         DirectoryNotEmpty: a run, or something else that is in the way, lies there.
@@ -86,6 +88,7 @@ def found(
     if seed is not None and len(seed) != SEED_BYTES:
         raise ValueError(f"a run's seed has {SEED_BYTES} bytes, this one has {len(seed)}")
     _check_shards(settings, shards, heldout)
+    _check_evidence(settings, calibration)
     if not directory.founding.exists():
         _refuse_key_file(root_key_out)
     with disk_trouble_explained("No run was made"):
@@ -96,6 +99,8 @@ def found(
             work = directory.founding
             write_file(work / _MARKER, root.public.hex.encode("ascii") + b"\n")
             envelope = _build(work, settings, shards, heldout, root, seed or os.urandom(SEED_BYTES), now_ms)
+            if calibration is not None:
+                write_file(work / "public" / layout.CALIBRATION, calibration)
             write_settings(directory, settings)
             _sync_tree(work)
             _export(root, root_key_out)
@@ -136,6 +141,21 @@ def _check_shards(settings: Settings, shards: Sequence[Path], heldout: Path) -> 
                 f"model.max_tokens is {conditioning.max_tokens}, but {path.name} has a caption of {longest} tokens: "
                 "raise the first, or encode the captions shorter."
             )
+
+
+def _check_evidence(settings: Settings, calibration: bytes | None) -> None:
+    named = settings.verification.evidence_sha256
+    found = None if calibration is None else sha256_hex(calibration)
+    if named is not None and found is None:
+        raise ConfigInvalid(
+            f"verification.evidence_sha256 is {show(named)}, but no calibration is given: pass the file with "
+            "--calibration, or leave the setting out."
+        )
+    if named != found:
+        raise ConfigInvalid(
+            f"verification.evidence_sha256 is {'not set' if named is None else show(named)}, but the calibration given "
+            f"to --calibration has {show(found)}: leave the setting out, it is set from the file."
+        )
 
 
 def _clear(directory: RunDirectory, root_key_out: Path) -> PrivateKey:
@@ -189,8 +209,9 @@ def _build(
     now_ms: int,
 ) -> bytes:
     """Make keys/ and public/ under `work`; return the signed run config."""
-    coordinator = PrivateKey.generate()
+    coordinator, auditor = PrivateKey.generate(), PrivateKey.generate()
     _write_keys(work / "keys", coordinator, now_ms)
+    auditor.save(work / "keys" / "auditor.pem")
     public = work / "public"
     for name in PUBLIC_FOLDERS:
         (public / name).mkdir(parents=True)
@@ -207,6 +228,8 @@ def _build(
     delegation = Delegation(
         run=run, role="coordinator", public_key=coordinator.public.hex, not_after_ms=now_ms + DELEGATION_MS
     )
+    auditors = sign(delegate(run, auditor.public.hex, now_ms), root)
+    write_file(work / "keys" / "auditor-delegation.json", auditors, mode=0o600)
     envelope = sign(config, root)
     for name, content in (
         (layout.RUN_CONFIG, envelope),
@@ -222,6 +245,28 @@ def _build(
     return envelope
 
 
+def delegate(run: RunId, public_key: str, now_ms: int) -> Delegation:
+    """Return the statement, for the root key to sign, that lets a key judge claims of the run."""
+    return Delegation(run=run, role="auditor", public_key=public_key, not_after_ms=now_ms + DELEGATION_MS)
+
+
+def delegate_auditor(directory: RunDirectory, root_key: PrivateKey, public_key: str, *, now_ms: int) -> bytes:
+    """Return the signed delegation of another auditor's key.
+
+    Raises:
+        DirectoryNotARun: there is no run here.
+        DelegationInvalid: the key is not this run's root key.
+    """
+    run = directory.trust().run
+    _require_root(root_key, run)
+    return sign(delegate(run, PublicKey.from_hex(public_key).hex, now_ms), root_key)
+
+
+def _require_root(key: PrivateKey, run: RunId) -> None:
+    if str(key.public.key_id) != run:
+        raise DelegationInvalid(f"That key is {key.public.key_id[:12]}; the root key of this run is {run[:12]}.")
+
+
 def renew(directory: RunDirectory, root_key: PrivateKey, *, now_ms: int) -> Delegation:
     """Delegate the run's coordinator key anew with the root key; return what was signed.
 
@@ -232,12 +277,12 @@ def renew(directory: RunDirectory, root_key: PrivateKey, *, now_ms: int) -> Dele
         DelegationInvalid: the key is not this run's root key.
     """
     identity = directory.identity()
-    if str(root_key.public.key_id) != identity.run:
-        raise DelegationInvalid(
-            f"That key is {root_key.public.key_id[:12]}; the root key of this run is {identity.run[:12]}."
-        )
+    _require_root(root_key, identity.run)
     delegation = replace(identity.delegation, not_after_ms=now_ms + DELEGATION_MS)
     write_file(directory.public / layout.DELEGATION, sign(delegation, root_key))
+    if directory.auditor_key.exists():
+        auditor = PrivateKey.load(directory.auditor_key).public.hex
+        write_file(directory.auditor_delegation, sign(delegate(identity.run, auditor, now_ms), root_key), mode=0o600)
     return delegation
 
 
@@ -283,7 +328,9 @@ def _genesis_manifest(checkpoint: Path, run: RunId, config: RunConfig) -> Manife
         checkpoint=0,
         previous_manifest_sha256=None,
         outer=config.outer,
+        weigh_seed=None,
         merged=(),
+        unmerged=(),
         files=_describe_files(checkpoint),
         state=(StateEntry(role=layout.ROLE_WEIGHTS, path=layout.WEIGHTS),),
         log_position=0,

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from coordinator.audits import AuditState
 from coordinator.desk import Desk
 from coordinator.owners import Device, Owner, OwnerState
 from coordinator.rounds import Round, RoundState
@@ -18,7 +19,6 @@ from coordinator.units import (
     Unit,
     UnitAssigned,
     UnitReleased,
-    UnitState,
     advance,
     is_at_work,
     needs_release,
@@ -28,7 +28,13 @@ from protocol.canonical import sha256_hex
 from protocol.documents import ArtifactLimit, Digest, Lease, LeaseId, UnitId, digest_of, sign
 from protocol.errors import LeaseEnded, LeaseUnknown, OwnerBanned, RunFinished
 from protocol.layout import ROLE_DELTA
-from protocol.limits import LEASES_PER_OWNER_AT_LEAST, LEASES_PER_OWNER_SHARE, SECOND_MS, UPLOADING_PER_DEVICE
+from protocol.limits import (
+    LEASES_PER_OWNER_AT_LEAST,
+    LEASES_PER_OWNER_SHARE,
+    SECOND_MS,
+    UPLOADING_PER_DEVICE,
+    WASTED_LEASES_PER_ROUND,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +65,16 @@ def remember_device(desk: Desk, session: Session) -> None:
     """Store an owner and a device, with the first unit that they get and whenever what they say has changed."""
     store = desk.store
     known = store.owner(session.owner)
-    owner = Owner(
-        owner=session.owner,
-        public_key=session.owner_key.hex,
-        state=known.state if known else OwnerState.PROBATION,
-        member=desk.member(session.owner),
-        valid_in_row=known.valid_in_row if known else 0,
-        terms_sha256=Digest(session.proof.terms_sha256),
+    terms = Digest(session.proof.terms_sha256)
+    owner = (
+        replace(known, terms_sha256=terms)
+        if known
+        else Owner(
+            owner=session.owner,
+            public_key=session.owner_key.hex,
+            member=desk.member(session.owner),
+            terms_sha256=terms,
+        )
     )
     if owner != known:
         store.put_owner(owner)
@@ -83,28 +92,11 @@ def remember_device(desk: Desk, session: Session) -> None:
 
 def open_round(desk: Desk, number: int, base_sha256: Digest) -> None:
     """Start a round: its units, its epoch, and the hash of the epoch's secret in the log."""
-    desk.store.add_round(
-        Round(
-            round=number,
-            state=RoundState.COLLECTING,
-            opened_ms=desk.clock.now_ms(),
-            closed_ms=None,
-            merge=(),
-            manifest_sha256=None,
-        )
-    )
+    desk.store.add_round(Round(round=number, opened_ms=desk.clock.now_ms()))
     desk.store.put_meta(f"round/{number}/base", base_sha256)
     desk.store.add_units(
         [
-            Unit(
-                unit=unit_id(desk.config_sha256, number, index),
-                round=number,
-                index=index,
-                state=UnitState.OPEN,
-                outcome=None,
-                chosen=None,
-                merged_in=None,
-            )
+            Unit(unit=unit_id(desk.config_sha256, number, index), round=number, index=index)
             for index in range(desk.config.rounds.units)
         ]
     )
@@ -126,7 +118,7 @@ def lease_unit(
         if held.deadline_ms > now:
             # A worker that crashed gets its unit back instead of waiting for its own lease to end.
             return _answer(held, now)
-        _end_lease(desk, held, Expired())
+        end_lease(desk, held, Expired())
     uploading = [attempt for attempt in store.uploading_attempts(session.device) if is_at_work(attempt, now)]
     if len(uploading) > UPLOADING_PER_DEVICE:
         return NoWork(reason="earlier units must be uploaded first", retry_after_ms=2 * SECOND_MS)
@@ -135,6 +127,13 @@ def lease_unit(
         return NoWork(reason="the run has not begun", retry_after_ms=5 * SECOND_MS)
     if current.state is RoundState.PUBLISHED and current.round >= desk.config.rounds.planned:
         raise RunFinished
+    replica = _replica(desk, session, random_bytes)
+    if replica is not None:
+        return _answer(replica, now)
+    if store.wasted_count(session.owner, current.round) >= WASTED_LEASES_PER_ROUND:
+        # Stops shopping for a unit: one that a partner holds too, or that seems easy.
+        reason = f"this owner gave up {WASTED_LEASES_PER_ROUND} units of round {current.round}; the next one is open"
+        return NoWork(reason=reason, retry_after_ms=5 * SECOND_MS)
     most = max(LEASES_PER_OWNER_AT_LEAST, desk.config.rounds.units // LEASES_PER_OWNER_SHARE)
     if store.leased_count(session.owner) >= most:
         return NoWork(reason=f"this owner's devices hold {most} units already", retry_after_ms=5 * SECOND_MS)
@@ -142,7 +141,34 @@ def lease_unit(
     if unit is None:
         doing = "all its units are given out" if current.state is RoundState.COLLECTING else "it is being merged"
         return NoWork(reason=f"round {current.round}: {doing}", retry_after_ms=SECOND_MS)
+    assigned, _ = advance(unit, UnitAssigned())
+    store.save_unit(unit, assigned)
     return _answer(_lease(desk, session, unit, random_bytes), now)
+
+
+def _replica(desk: Desk, session: Session, random_bytes: Callable[[int], bytes]) -> Attempt | None:
+    """Lease a unit to be run again for an audit, if this owner is one whose word counts; None if there is none.
+
+    The lease looks like any other. Nobody gets a unit that the same owner has had before.
+    """
+    store = desk.store
+    owner = store.owner(session.owner)
+    if owner is None or owner.state is not OwnerState.ESTABLISHED:
+        return None
+    for audit in store.audits(AuditState.WANTS_REPLICA):
+        if audit.replica is not None or desk.clock.now_ms() >= audit.deadline_ms:
+            continue
+        attempts = store.attempts_of_unit(audit.unit)
+        if any(attempt.owner == session.owner or attempt.state is AttemptState.LEASED for attempt in attempts):
+            continue
+        unit = store.unit(audit.unit)
+        assert unit is not None  # a foreign key
+        attempt = _lease(desk, session, unit, random_bytes)
+        rules = desk.config.rounds
+        until_ms = desk.clock.now_ms() + rules.lease_ms + rules.upload_ms
+        store.save_audit(audit, replace(audit, replica=attempt.lease, deadline_ms=until_ms))
+        return attempt
+    return None
 
 
 def _answer(attempt: Attempt, now_ms: int) -> Leased:
@@ -171,27 +197,19 @@ def _lease(desk: Desk, session: Session, unit: Unit, random_bytes: Callable[[int
         artifacts=(ArtifactLimit(role=ROLE_DELTA, max_bytes=desk.delta_bytes),),
         duration_ms=rules.lease_ms,
     )
+    now = desk.clock.now_ms()
     attempt = Attempt(
         lease=LeaseId(lease.lease),
         unit=unit.unit,
         round=unit.round,
         device=session.device,
         owner=session.owner,
-        state=AttemptState.LEASED,
-        deadline_ms=desk.clock.now_ms() + rules.lease_ms,
+        deadline_ms=now + rules.lease_ms,
         lease_envelope=sign(lease, desk.key),
         lease_sha256=digest_of(lease),
-        claim_sha256=None,
-        claim_envelope=None,
-        artifacts=(),
-        claim_receipt=None,
-        sketch=None,
-        bytes_receipt=None,
-        verdict_envelope=None,
+        leased_ms=now,
     )
     remember_device(desk, session)
-    assigned, _ = advance(unit, UnitAssigned())
-    desk.store.save_unit(unit, assigned)
     desk.store.add_attempt(attempt)
     return attempt
 
@@ -205,12 +223,16 @@ def hand_back(desk: Desk, session: Session, lease: str) -> None:
         return
     if attempt.state is not AttemptState.LEASED:
         raise LeaseEnded("This unit was claimed already; it can't be handed back.")
-    _end_lease(desk, attempt, HandedBack())
+    end_lease(desk, attempt, HandedBack())
 
 
-def _end_lease(desk: Desk, attempt: Attempt, event: Expired | HandedBack) -> None:
+def end_lease(desk: Desk, attempt: Attempt, event: Expired | HandedBack) -> None:
+    """End a lease, and let its unit, or the audit that it served, go to others."""
     ended, instructions = advance(attempt, event)
     desk.store.save_attempt(attempt, ended)
+    for audit in desk.store.audits_of_replica(attempt.lease):
+        if audit.state is AuditState.WANTS_REPLICA:
+            desk.store.save_audit(audit, replace(audit, replica=None, deadline_ms=desk.clock.now_ms()))
     for instruction in instructions:
         if isinstance(instruction, ReleaseUnit):
             release_unit(desk, instruction.unit)
@@ -233,7 +255,7 @@ def expire_due(desk: Desk) -> int:
     due = desk.store.due_attempts(desk.clock.now_ms())
     for attempt in due:
         if attempt.state is AttemptState.LEASED:
-            _end_lease(desk, attempt, Expired())
+            end_lease(desk, attempt, Expired())
         else:
             # The claim stays good: its bytes may still come, late. Only the unit is given to somebody else.
             desk.store.save_attempt(attempt, replace(attempt, deadline_ms=NEVER_MS))

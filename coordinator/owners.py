@@ -19,7 +19,7 @@ class OwnerState(Enum):
 
     PROBATION = "probation"  # everything is audited
     ESTABLISHED = "established"  # audited at random, never below a floor
-    BANNED = "banned"  # end: by a referee's finding
+    BANNED = "banned"  # by a referee's finding; ends only if another referee finds otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,8 @@ class Owner:
     """An owner in this run. `public_key` is 64 hex digits, whose SHA-256 `owner` is.
 
     `member` is the owner's pseudonym in the public log, 64 hex digits. `valid_in_row` counts audits passed since the
-    last failed one. `terms_sha256` is the digest of the terms that the owner accepted last.
+    last failed one; `audited_ms` the shortest time from lease to claim of an audited unit, 0 before the first.
+    `terms_sha256` is the digest of the terms that the owner accepted last.
     """
 
     owner: KeyId
@@ -36,6 +37,7 @@ class Owner:
     terms_sha256: Digest
     state: OwnerState = OwnerState.PROBATION
     valid_in_row: int = 0
+    audited_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,9 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditPassed:
-    """A claim of the owner's agreed with a referee or an established owner."""
+    """A claim of the owner's, made `trained_ms` after its lease, agreed with a referee or an established owner."""
+
+    trained_ms: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +74,12 @@ class Banned:
     """A referee found that a claim of the owner's was not honest work."""
 
 
-OwnerEvent: TypeAlias = AuditPassed | AuditFailed | Promoted | Banned
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cleared:
+    """A second referee found that it was honest work after all."""
+
+
+OwnerEvent: TypeAlias = AuditPassed | AuditFailed | Promoted | Banned | Cleared
 
 TRANSITIONS: Final[dict[tuple[OwnerState, type[OwnerEvent]], OwnerState]] = {
     (OwnerState.PROBATION, AuditPassed): OwnerState.PROBATION,
@@ -81,6 +90,7 @@ TRANSITIONS: Final[dict[tuple[OwnerState, type[OwnerEvent]], OwnerState]] = {
     # Trust is earned again from the start: everything of this owner's is audited until then.
     (OwnerState.ESTABLISHED, AuditFailed): OwnerState.PROBATION,
     (OwnerState.ESTABLISHED, Banned): OwnerState.BANNED,
+    (OwnerState.BANNED, Cleared): OwnerState.PROBATION,
 }
 """Every legal move of an owner."""
 
@@ -103,8 +113,10 @@ def advance(thing: Owner, event: OwnerEvent) -> tuple[Owner, tuple[Instruction, 
     moved = replace(thing, state=state)
     match event:
         case AuditPassed():
-            return replace(moved, valid_in_row=thing.valid_in_row + 1), ()
-        case AuditFailed():
+            # The shortest, not the mean: a machine that its owner needs by day may be twice as quick at night.
+            shortest_ms = min(event.trained_ms, thing.audited_ms or event.trained_ms)
+            return replace(moved, valid_in_row=thing.valid_in_row + 1, audited_ms=shortest_ms), ()
+        case AuditFailed() | Cleared():
             return replace(moved, valid_in_row=0), ()
         case Banned():
             return moved, (RecheckMerged(owner=thing.owner),)

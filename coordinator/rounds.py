@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, unique
 from typing import Final, TypeAlias
 
-from protocol.documents import Digest, MergeEntry, Rounds
+from protocol.documents import Digest, MergeEntry, Rounds, UnmergeEntry
 from protocol.errors import IllegalTransition
 
 
@@ -24,22 +24,30 @@ class RoundState(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """A round. Times are UTC milliseconds; `merge` is empty until the close; `manifest_sha256` comes with the end."""
+    """A round. Times are UTC milliseconds; `manifest_sha256` comes with the end.
+
+    Fixed by the close: what is merged, what is taken out again (`unmerge`), and the seed of the sketches that
+    weighed it (None where nothing was weighed by sketch).
+    """
 
     round: int
     opened_ms: int
     state: RoundState = RoundState.COLLECTING
     closed_ms: int | None = None
     merge: tuple[MergeEntry, ...] = ()
+    unmerge: tuple[UnmergeEntry, ...] = ()
+    weigh_seed: Digest | None = None
     manifest_sha256: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Closed:
-    """The round takes nothing more into its merge, which is `merge`, weights included."""
+    """The round takes nothing more into its merge, which is `merge`, weights included, and `unmerge`."""
 
     now_ms: int
     merge: tuple[MergeEntry, ...]
+    unmerge: tuple[UnmergeEntry, ...]
+    weigh_seed: Digest | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +104,14 @@ def advance(thing: Round, event: RoundEvent) -> tuple[Round, tuple[Instruction, 
     moved = replace(thing, state=state)
     match event:
         case Closed():
-            return replace(moved, closed_ms=event.now_ms, merge=event.merge), (MergeRound(round=thing.round),)
+            closed = replace(
+                moved,
+                closed_ms=event.now_ms,
+                merge=event.merge,
+                unmerge=event.unmerge,
+                weigh_seed=event.weigh_seed,
+            )
+            return closed, (MergeRound(round=thing.round),)
         case MergeInterrupted():
             return moved, (MergeRound(round=thing.round),)
         case Published():
@@ -109,24 +124,25 @@ def advance(thing: Round, event: RoundEvent) -> tuple[Round, tuple[Instruction, 
 class RoundFacts:
     """What the closing rule looks at.
 
-    `received`: units of the round whose bytes are here. `settled`: units of the round that came to an end. `total`:
-    units of the round.
+    `ready`: units of the round whose result may be merged now: confirmed by an audit, or of an established owner and
+    not drawn. `ended`: units of the round that came to an end without a merge. `total`: units of the round.
     """
 
     now_ms: int
-    received: int
-    settled: int
+    ready: int
+    ended: int
     total: int
 
 
 def is_due(thing: Round, rules: Rounds, facts: RoundFacts) -> bool:
     """Say whether a collecting round must close now.
 
-    Either every unit is settled, or the minimum window has passed and enough units have arrived: the window is what
-    keeps those who skip work and finish first from owning the round. A round never closes with nothing received.
+    Either every unit is ready or has ended, or the minimum window has passed and enough units are ready. Only work that
+    is confirmed or of established owners counts: else those who skip work and finish first would own the round. A round
+    never closes with nothing to merge.
     """
-    if thing.state is not RoundState.COLLECTING or facts.received == 0:
+    if thing.state is not RoundState.COLLECTING or facts.ready == 0:
         return False
-    if facts.settled >= facts.total:
+    if facts.ready + facts.ended >= facts.total:
         return True
-    return facts.now_ms - thing.opened_ms >= rules.min_window_ms and facts.received >= rules.min_units
+    return facts.now_ms - thing.opened_ms >= rules.min_window_ms and facts.ready >= rules.min_units

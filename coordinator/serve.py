@@ -1,8 +1,9 @@
-"""`commonweight coordinator serve`: the supervisor of a run's three processes.
+"""`commonweight coordinator serve`: the supervisor of a run's processes.
 
-    control    gRPC, the only writer of the database, the only holder of keys
+    control    gRPC, the only writer of the database, the only holder of the coordinator's key
     public     HTTP over public/: no database, no keys
     settler    reads what strangers sent, merges, measures: no database, no keys, no port
+    auditor    the run's own referee: a client like any other, with its own key; the others do without it for a while
 
 It takes the directory's lock, makes the sockets that join the processes, says where volunteers can join once all of
 them answer, and stops or restarts all three together: half a coordinator never goes on.
@@ -18,6 +19,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -37,6 +40,8 @@ READY_SECONDS: Final = 120.0
 STOP_SECONDS: Final = 20.0
 QUIET_SECONDS: Final = 600.0
 MAX_WAIT_SECONDS: Final = 60.0
+AUDITOR_AGAIN_SECONDS: Final = 10.0
+AUDITOR_STOP_SECONDS: Final = 5.0
 DELEGATION_WARNING_MS: Final = 60 * DAY_MS
 
 
@@ -60,8 +65,11 @@ def _on_signal(_number: int, _frame: FrameType | None) -> None:
 class Supervisor:
     """Starts, watches and stops the processes of one run."""
 
-    def __init__(self, directory: RunDirectory) -> None:
+    def __init__(self, directory: RunDirectory, auditor: Callable[[str], Sequence[str]] | None) -> None:
         self._directory = directory
+        self._auditor_command = auditor
+        self._auditor: subprocess.Popen[bytes] | None = None
+        self._auditor_started = 0.0
         self._settings = directory.settings()
         self._identity = directory.identity()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -112,9 +120,36 @@ class Supervisor:
             print(f"ready: volunteers join with\n  commonweight worker start --join {serving.join}", flush=True)
             print(f"public files: {serving.public_url}", flush=True)
             while all(child.poll() is None for child in self._children.values()):
+                self._keep_auditor(serving.join)
                 time.sleep(0.2)
         finally:
             self._stop()
+
+    def _keep_auditor(self, join: str) -> None:
+        """Start the run's own auditor, and again when it has ended: without a referee newcomers' work waits."""
+        if self._auditor_command is None or (self._auditor is not None and self._auditor.poll() is None):
+            return
+        if time.monotonic() - self._auditor_started < AUDITOR_AGAIN_SECONDS and self._auditor_started:
+            return
+        if self._auditor is not None:
+            logger.warning("the auditor ended with %s and is started again", self._auditor.returncode)
+        self._auditor_started = time.monotonic()
+        self._directory.auditor_home.mkdir(mode=0o700, exist_ok=True)
+        with (self._directory.auditor_home / "auditor.log").open("ab") as log:
+            self._auditor = subprocess.Popen(
+                self._auditor_command(join), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def _stop_auditor(self) -> None:
+        child, self._auditor, self._auditor_started = self._auditor, None, 0.0
+        if child is None:
+            return
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGKILL):  # twice: at once, a unit in work is dropped
+            if child.poll() is not None:
+                return
+            child.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(AUDITOR_STOP_SECONDS)
 
     def _url(self, port: int) -> str:
         return f"http://{self._settings.server.advertised_host}:{port}"
@@ -190,12 +225,16 @@ class Supervisor:
 
     def _serving(self, port: int, url: str) -> Serving:
         join = JoinString(host=self._settings.server.advertised_host, port=port, run=self._identity.run)
+        self._keep_auditor(str(join))
         pids = {name: child.pid for name, child in self._children.items()} | {"supervisor": os.getpid()}
+        if self._auditor is not None:
+            pids["auditor"] = self._auditor.pid
         return Serving(join=str(join), public_url=url, pids=pids)
 
     def _stop(self) -> None:
         """Stop control first (it ends its calls), then the others; what does not end in time is killed."""
         serving_file(self._directory).unlink(missing_ok=True)
+        self._stop_auditor()
         for name in ("control_process", "settler", "public"):
             child = self._children.pop(name, None)
             if child is None:
@@ -208,8 +247,12 @@ class Supervisor:
                 child.wait()
 
 
-def serve(directory: RunDirectory) -> int:
+def serve(directory: RunDirectory, *, auditor: Callable[[str], Sequence[str]] | None) -> int:
     """Serve a run until asked to stop; return the exit code.
+
+    Args:
+        auditor: makes the command of the run's own auditor from the join string; None for a run that needs none, or
+            whose referees are elsewhere.
 
     Raises:
         DirectoryInUse, DirectoryNotARun, ConfigInvalid: it can't be served as it is.
@@ -218,7 +261,7 @@ def serve(directory: RunDirectory) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s serve: %(message)s")
     with directory.lock():
         _look_over(directory)
-        return Supervisor(directory).run()
+        return Supervisor(directory, auditor).run()
 
 
 def _look_over(directory: RunDirectory) -> None:

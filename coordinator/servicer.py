@@ -17,7 +17,7 @@ from coordinator.leasing import Leased
 from coordinator.ratelimit import RateLimit, address_prefix
 from coordinator.sessions import Session, Sessions
 from protocol import calls
-from protocol.errors import Bug, CommonweightError, PayloadInvalid, UploadTooSlow
+from protocol.errors import AccessRefused, AuditorRequired, Bug, CommonweightError, PayloadInvalid, UploadTooSlow
 from protocol.limits import (
     MAX_CALLS_AT_ONCE,
     MAX_CALLS_AT_ONCE_PER_ADDRESS,
@@ -26,6 +26,7 @@ from protocol.limits import (
     MAX_OPEN_CALLS_PER_MINUTE_PER_ADDRESS,
     MAX_VERDICT_QUERIES,
     MINUTE_MS,
+    SECOND_MS,
     SESSION_MS,
     UPLOAD_CHUNK_BYTES,
     UPLOAD_CHUNK_PATIENCE_MS,
@@ -90,7 +91,12 @@ class Servicer:
         metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
         token = metadata.get(SESSION_METADATA)
         session = self._sessions.session(token if isinstance(token, bytes) else None, now)
-        self._per_device.admit(session.device, now)
+        if not session.auditor:  # one of a few that the root delegated; it reads deltas in many pieces
+            self._per_device.admit(session.device, now)
+        if auth is Auth.AUDITOR and not session.auditor:
+            raise AuditorRequired
+        if auth is Auth.SESSION and session.auditor:
+            raise AccessRefused("An auditor judges the work of others and trains nothing itself; use a worker's keys.")
         return session
 
     @_call
@@ -114,7 +120,6 @@ class Servicer:
         """Take a device's proof, give a token."""
         now = ticks_ms()
         opened = self._sessions.prove(request.proof_envelope, request.delegation_envelope, now)
-        await self._control.admit(opened)
         return calls.OpenSessionReply(token=self._sessions.open(opened), expires_in_ms=SESSION_MS)
 
     @_call
@@ -183,6 +188,38 @@ class Servicer:
         if len(request.claims) > MAX_VERDICT_QUERIES:
             raise PayloadInvalid(f"At most {MAX_VERDICT_QUERIES} claims can be asked for at once.")
         return calls.GetVerdictsReply(verdict_envelopes=await self._control.verdicts(session, request.claims))
+
+    @_call
+    async def Appeal(self, request: calls.AppealRequest, session: Session) -> calls.AppealReply:
+        """Send a refuted claim to a second referee."""
+        await self._control.appeal(session, request.claim)
+        return calls.AppealReply()
+
+    @_call
+    async def TakeAudit(self, request: calls.TakeAuditRequest, session: Session) -> calls.TakeAuditReply:
+        """Give an auditor claims to judge, or say that there are none."""
+        order = await self._control.take_audit(session, request.wait_ms)
+        if order is None:
+            return calls.TakeAuditReply(retry_after_ms=SECOND_MS, reason="there is nothing to judge now")
+        return calls.TakeAuditReply(
+            round=order.round,
+            index=order.index,
+            claim_envelopes=order.claims,
+            device_keys=order.device_keys,
+            remaining_ms=order.remaining_ms,
+        )
+
+    @_call
+    async def ReadArtifact(self, request: calls.ReadArtifactRequest, session: Session) -> calls.ReadArtifactReply:
+        """Give an auditor a piece of what it judges."""
+        data = await self._control.read_artifact(session, request.claim, request.role, request.offset)
+        return calls.ReadArtifactReply(data=data)
+
+    @_call
+    async def SubmitOpinions(self, request: calls.SubmitOpinionsRequest, session: Session) -> calls.SubmitOpinionsReply:
+        """Take an auditor's opinions."""
+        await self._control.submit_opinions(session, request.opinion_envelopes)
+        return calls.SubmitOpinionsReply()
 
 
 async def _drain(requests: AsyncIterator[Any]) -> None:

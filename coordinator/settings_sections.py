@@ -1,6 +1,7 @@
 """The sections of run.toml: each setting with its type, its bounds, its default and a sentence about it."""
 
 import ipaddress
+import re
 from typing import Any, Final, Literal
 from urllib.parse import SplitResult, urlsplit
 
@@ -144,7 +145,7 @@ class RoundsSettings(_Section):
         default=2, ge=0, le=1_000, description="Rounds by which work may be late and still count."
     )
     staleness_discount: float = Field(
-        default=0.5, ge=0, le=1, description="What late work still weighs, for each round late."
+        default=0.5, gt=0, le=1, description="What late work still weighs, for each round late."
     )
     lease_seconds: float = Field(default=300.0, ge=1, le=31_536_000, description="Time to train a unit and claim it.")
     upload_seconds: float = Field(default=300.0, ge=1, le=31_536_000, description="Time to upload a claimed delta.")
@@ -244,6 +245,78 @@ class StorageSettings(_Section):
 
 
 class VerificationSettings(_Section):
-    """How claims are judged."""
+    """How claims are judged: who is audited how often, what counts as the same result, how a merge is weighed."""
 
-    mode: Literal["none"] = Field(default="none", description='"none" checks form, size and finiteness; no audits yet.')
+    mode: Literal["replay", "none"] = Field(
+        default="replay",
+        description='"replay" has work units run again, by other volunteers and by the auditor; "none" checks form, '
+        "size and finiteness only, for volunteers who know each other.",
+    )
+    tolerance: float = Field(
+        default=1e-3,
+        gt=0,
+        le=1,
+        description="Least raw difference, relative to the delta, up to which a replay calls a claim honest; "
+        "`commonweight verify calibrate` measures it.",
+    )
+    code_tolerance: float = Field(
+        default=1e-3,
+        gt=0,
+        le=1,
+        description="Squared relative difference of decoded deltas up to which two results agree.",
+    )
+    probation: int = Field(
+        default=19,
+        ge=1,
+        le=10_000,
+        description="Audits that a new owner must pass in a row; until then everything of it is audited.",
+    )
+    floor: float = Field(
+        default=0.05, ge=0, le=1, description="Smallest probability with which an established owner's unit is audited."
+    )
+    referee_share: float = Field(
+        default=0.1, ge=0, le=1, description="Share of agreeing replicas that an auditor looks at all the same."
+    )
+    ramp: int = Field(
+        default=40,
+        ge=1,
+        le=1_000_000,
+        description="Audits passed in a row from which an owner's unaudited deltas count in full.",
+    )
+    owner_cap: float = Field(
+        default=0.25,
+        ge=0.001,
+        le=1,
+        description="Largest share of a merge that one owner may have, where others can fill the rest.",
+    )
+    weighting: Literal["mean", "geometric-median", "multi-krum", "nnm-clip"] = Field(
+        default="nnm-clip", description="The rule that weighs the deltas of a merge by their sketches."
+    )
+    hostile_share: float = Field(
+        default=0.4, ge=0, le=0.49, description="Share of a merge's deltas that the weighting is to withstand."
+    )
+    norm_bound: float = Field(
+        default=3.0,
+        ge=1,
+        description="A delta that is so many times larger than the median one is audited, and clipped to that.",
+    )
+    screen_triples: int = Field(
+        default=64,
+        ge=0,
+        le=65_536,
+        description="Held-out samples on which each unaudited delta is tried before it is merged; 0 tries none.",
+    )
+    evidence_sha256: str | None = Field(
+        default=None,
+        description="SHA-256 of the calibration that the tolerances come from; `init --calibration` sets it.",
+    )
+
+    @field_validator("evidence_sha256")
+    @classmethod
+    def _digest(cls, digest: str | None) -> str | None:
+        if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise ValueError(
+                f"verification.evidence_sha256 is {show(digest)}; it must be a SHA-256 in 64 hex digits, or be left "
+                "out."
+            )
+        return digest

@@ -2,7 +2,8 @@
 no keys and no port.
 
 One JSON object a line each way, over a socket that the supervisor made. Jobs: `describe`, `ping`, `admit` (is this file
-a delta of this run?), `merge`, `evaluate`. The heavy ones run one at a time each, beside the admissions.
+a delta of this run?), `compare` (does a replica agree?), `weigh` (outliers and weights of a merge), `merge`,
+`evaluate`. The heavy ones run one at a time each, beside the admissions.
 """
 
 import json
@@ -17,12 +18,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
+from coordinator.weighing import weigh
 from diloco.container import Container, container_size
-from diloco.merge import MergeInput, merge_round
+from diloco.merge import MergeInput, UnmergeInput, merge_round
+from diloco.sketch import sketch
 from protocol import layout
 from protocol.documents import Artifact, FileEntry, RunConfig
-from protocol.errors import Bug, BytesRefused, CheckpointCorrupt, CommonweightError
+from protocol.errors import Bug, BytesRefused, CheckpointCorrupt, CommonweightError, SketchMismatch
 from verify.admission import admit_delta, file_sha256
+from verify.compare import sketch_difference
 from verify.replay import codec_config, conditioning_config, delta_schema, model_config, outer_config
 
 logger = logging.getLogger(__name__)
@@ -47,7 +53,29 @@ def admit(config: RunConfig, job: Job) -> Job:
         artifact=Artifact(**job["artifact"]),
         file_digest=job["file_digest"],
     )
+    if "sketch" in job:
+        _check_sketch(config, job)
     return {}
+
+
+def _check_sketch(config: RunConfig, job: Job) -> None:
+    """A replica's bytes must be those that it answered with before; raise `SketchMismatch`."""
+    container = Container.open(
+        Path(job["path"]), delta_schema(config), codec_config(config), bytes.fromhex(job["unit"])
+    )
+    found = sketch(container.decoded_chunks(), bytes.fromhex(job["sketch"]["seed"]))
+    if found.astype("<f4").tobytes().hex() != job["sketch"]["value"]:
+        raise SketchMismatch
+
+
+def compare(config: RunConfig, job: Job) -> Job:
+    """Return D between a stored delta and a replica's sketch, both under the replica's seed."""
+    container = Container.open(
+        Path(job["path"]), delta_schema(config), codec_config(config), bytes.fromhex(job["unit"])
+    )
+    ours = sketch(container.decoded_chunks(), bytes.fromhex(job["seed"]))
+    theirs = np.frombuffer(bytes.fromhex(job["sketch"]), dtype="<f4").astype(np.float32)
+    return {"difference": sketch_difference(theirs, ours)}
 
 
 def merge(config: RunConfig, job: Job) -> Job:
@@ -71,6 +99,14 @@ def merge(config: RunConfig, job: Job) -> Job:
         )
         for entry in job["entries"]
     ]
+    taken_out = [
+        UnmergeInput(
+            container=_checked(Path(entry["path"]), config, entry),
+            weight=entry["weight"],
+            rounds_ago=entry["rounds_ago"],
+        )
+        for entry in job["unmerge"]
+    ]
     momentum = base / layout.MOMENTUM
     targets = {path: out / path for path in (layout.WEIGHTS, layout.MOMENTUM)}
     for target in targets.values():
@@ -82,6 +118,7 @@ def merge(config: RunConfig, job: Job) -> Job:
         outer_config(config),
         targets[layout.WEIGHTS],
         targets[layout.MOMENTUM],
+        unmerge=taken_out,
     )
     files = [
         FileEntry(path=path, sha256=digest.sha256.hex(), size=digest.size)
@@ -140,6 +177,8 @@ class Settler:
             "describe": ThreadPoolExecutor(1),
             "ping": ThreadPoolExecutor(1),
             "admit": ThreadPoolExecutor(2),
+            "compare": ThreadPoolExecutor(1),
+            "weigh": ThreadPoolExecutor(1),
             "merge": ThreadPoolExecutor(1),
             "evaluate": ThreadPoolExecutor(1),
         }
@@ -147,6 +186,8 @@ class Settler:
             "describe": lambda _: describe(config),
             "ping": lambda _: {},
             "admit": lambda job: admit(config, job),
+            "compare": lambda job: compare(config, job),
+            "weigh": lambda job: weigh(config, job),
             "merge": lambda job: merge(config, job),
             "evaluate": lambda job: evaluate(config, job),
         }

@@ -8,13 +8,14 @@ from coordinator.settings import Settings
 from coordinator.settings_problems import show
 from diloco import NUMERICS
 from mmdit.presets import PRESETS
-from protocol.documents import Codec, DataSet, Digest, OuterStep, Rounds, RunConfig, ShardRef, Training
+from protocol.documents import Codec, DataSet, Digest, OuterStep, Rounds, RunConfig, ShardRef, Training, Verification
 from protocol.limits import SECOND_MS
 
 DROPOUT_ONE: Final = 2**16
 """`Training.text_dropout` of a share of one."""
-DISCOUNT_ONE: Final = 2**24
-"""`Rounds.staleness_discount` of a share of one."""
+SHARE_ONE: Final = 2**24
+"""What a share or probability of one is written as in the run config."""
+_SHARES: Final = ("floor", "referee_share", "owner_cap", "hostile_share")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ def run_config(
     return RunConfig(
         name=settings.run.name,
         numerics=NUMERICS,
-        verification=settings.verification.mode,
+        verification=verification_of(settings),
         seed=seed.hex(),
         model=settings.model_shape().to_diffusers(),
         conditioning=asdict(settings.conditioning()),
@@ -96,18 +97,27 @@ def _rounds(settings: Settings) -> Rounds:
         min_window_ms=round(rounds.min_window_seconds * SECOND_MS),
         min_units=rounds.min_units,
         staleness_bound=rounds.staleness_bound,
-        staleness_discount=round(rounds.staleness_discount * DISCOUNT_ONE),
+        staleness_discount=max(1, round(rounds.staleness_discount * SHARE_ONE)),
         lease_ms=round(rounds.lease_seconds * SECOND_MS),
         upload_ms=round(rounds.upload_seconds * SECOND_MS),
     )
 
 
+def verification_of(settings: Settings) -> Verification:
+    """Return the rules by which a run with these settings judges claims."""
+    written = settings.verification.model_dump()
+    shares = {name: round(written.pop(name) * SHARE_ONE) for name in _SHARES}
+    return Verification(**written, **shares)
+
+
 def _as_written(config: RunConfig) -> dict[str, Any]:
     """The config under the names and in the units of run.toml."""
-    training, rounds = asdict(config.training), asdict(config.rounds)
+    training, rounds, verification = asdict(config.training), asdict(config.rounds), asdict(config.verification)
+    for name in _SHARES:
+        verification[name] = _share(verification[name], SHARE_ONE)
     del training["precision"]
     training["text_dropout"] = _share(config.training.text_dropout, DROPOUT_ONE)
-    rounds["staleness_discount"] = _share(config.rounds.staleness_discount, DISCOUNT_ONE)
+    rounds["staleness_discount"] = _share(config.rounds.staleness_discount, SHARE_ONE)
     for name in ("min_window", "lease", "upload"):
         rounds[f"{name}_seconds"] = rounds.pop(f"{name}_ms") / SECOND_MS
     return {
@@ -124,7 +134,7 @@ def _as_written(config: RunConfig) -> dict[str, Any]:
         "outer.lr": config.outer.lr,
         "outer.momentum": config.outer.momentum,
         **{f"rounds.{name}": value for name, value in rounds.items()},
-        "verification.mode": config.verification,
+        **{f"verification.{name}": value for name, value in verification.items()},
     }
 
 

@@ -5,11 +5,12 @@ import sqlite3
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
+from coordinator.audits import Audit, AuditReason, AuditState, Scrutiny
 from coordinator.owners import Device, Owner, OwnerState
 from coordinator.rounds import Round, RoundState
 from coordinator.units import Attempt, AttemptState, Outcome, Unit, UnitState
 from protocol.canonical import canonical_json
-from protocol.documents import Artifact, Digest, LeaseId, MergeEntry, UnitId
+from protocol.documents import Artifact, Digest, LeaseId, MergeEntry, UnitId, UnmergeEntry
 from protocol.keys import KeyId
 from protocol.log import LogEntry
 
@@ -31,6 +32,7 @@ def owner_of(row: sqlite3.Row) -> Owner:
         terms_sha256=Digest(row["terms_sha256"]),
         state=OwnerState(row["state"]),
         valid_in_row=row["valid_in_row"],
+        audited_ms=row["audited_ms"],
     )
 
 
@@ -61,6 +63,8 @@ def unit_row(unit: Unit) -> Row:
         "outcome": unit.outcome.value if unit.outcome else None,
         "chosen": unit.chosen,
         "merged_in": unit.merged_in,
+        "retracted": int(unit.retracted),
+        "unmerged_in": unit.unmerged_in,
     }
 
 
@@ -74,6 +78,8 @@ def unit_of(row: sqlite3.Row) -> Unit:
         outcome=Outcome(row["outcome"]) if row["outcome"] else None,
         chosen=LeaseId(row["chosen"]) if row["chosen"] else None,
         merged_in=row["merged_in"],
+        retracted=bool(row["retracted"]),
+        unmerged_in=row["unmerged_in"],
     )
 
 
@@ -83,12 +89,16 @@ def attempt_row(attempt: Attempt) -> Row:
         **{name: getattr(attempt, name) for name in _PLAIN_ATTEMPT_COLUMNS},
         "state": attempt.state.value,
         "artifacts": _json([asdict(artifact) for artifact in attempt.artifacts]),
+        "scrutiny": attempt.scrutiny.value,
+        "reason": attempt.reason.value if attempt.reason else None,
+        "refused": int(attempt.refused),
     }
 
 
 _PLAIN_ATTEMPT_COLUMNS = (
     "lease", "unit", "round", "device", "owner", "deadline_ms", "lease_envelope", "lease_sha256", "claim_sha256",
-    "claim_envelope", "claim_receipt", "sketch", "bytes_receipt", "verdict_envelope",
+    "claim_envelope", "claim_receipt", "sketch", "bytes_receipt", "verdict_envelope", "leased_ms", "trained_ms",
+    "epoch", "audit_share", "late",
 )  # fmt: skip
 
 
@@ -111,6 +121,43 @@ def attempt_of(row: sqlite3.Row) -> Attempt:
         sketch=row["sketch"],
         bytes_receipt=row["bytes_receipt"],
         verdict_envelope=row["verdict_envelope"],
+        leased_ms=row["leased_ms"],
+        trained_ms=row["trained_ms"],
+        epoch=row["epoch"],
+        audit_share=row["audit_share"],
+        scrutiny=Scrutiny(row["scrutiny"]),
+        reason=AuditReason(row["reason"]) if row["reason"] else None,
+        late=row["late"],
+        refused=bool(row["refused"]),
+    )
+
+
+def audit_row(audit: Audit) -> Row:
+    """Return the parameters that store an audit."""
+    return {
+        **asdict(audit),
+        "state": audit.state.value,
+        "reason": audit.reason.value,
+        "appealed": int(audit.appealed),
+    }
+
+
+def audit_of(row: sqlite3.Row) -> Audit:
+    """Return the audit in a row of `audits`."""
+    return Audit(
+        audit=row["audit"],
+        unit=UnitId(row["unit"]),
+        lease=LeaseId(row["lease"]),
+        owner=KeyId(row["owner"]),
+        claim=Digest(row["claim"]),
+        epoch=row["epoch"],
+        reason=AuditReason(row["reason"]),
+        state=AuditState(row["state"]),
+        deadline_ms=row["deadline_ms"],
+        replica=LeaseId(row["replica"]) if row["replica"] else None,
+        auditor=KeyId(row["auditor"]) if row["auditor"] else None,
+        refuted_by=KeyId(row["refuted_by"]) if row["refuted_by"] else None,
+        appealed=bool(row["appealed"]),
     )
 
 
@@ -122,6 +169,8 @@ def round_row(of: Round) -> Row:
         "opened_ms": of.opened_ms,
         "closed_ms": of.closed_ms,
         "merge": _json([asdict(entry) for entry in of.merge]),
+        "unmerge": _json([asdict(entry) for entry in of.unmerge]),
+        "weigh_seed": of.weigh_seed,
         "manifest_sha256": of.manifest_sha256,
     }
 
@@ -134,6 +183,8 @@ def round_of(row: sqlite3.Row) -> Round:
         opened_ms=row["opened_ms"],
         closed_ms=row["closed_ms"],
         merge=tuple(MergeEntry(**members) for members in json.loads(row["merge"])),
+        unmerge=tuple(UnmergeEntry(**members) for members in json.loads(row["unmerge"])),
+        weigh_seed=Digest(row["weigh_seed"]) if row["weigh_seed"] else None,
         manifest_sha256=Digest(row["manifest_sha256"]) if row["manifest_sha256"] else None,
     )
 

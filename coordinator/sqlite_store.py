@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from coordinator.audits import Audit, AuditState
 from coordinator.owners import Device, Owner
 from coordinator.rounds import Round
 from coordinator.sql_files import parse_queries, read_sql
@@ -17,6 +18,8 @@ from coordinator.sqlite_file import backup_database, open_database, our_errors
 from coordinator.sqlite_rows import (
     attempt_of,
     attempt_row,
+    audit_of,
+    audit_row,
     device_of,
     device_row,
     log_entry_of,
@@ -114,6 +117,14 @@ class SqliteStore:
         """See `Store.put_owner`."""
         self._write("put_owner", **owner_row(owner))
 
+    def owners(self) -> tuple[Owner, ...]:
+        """See `Store.owners`."""
+        return self._all(owner_of, "owners")
+
+    def established_others(self, owner: KeyId) -> int:
+        """See `Store.established_others`."""
+        return self._count("established_others", owner=owner)
+
     def device(self, device: KeyId) -> Device | None:
         """See `Store.device`."""
         return self._one(device_of, "device", device=device)
@@ -145,12 +156,23 @@ class SqliteStore:
         """See `Store.save_unit`."""
         _same((before.unit, before.round, before.index), (after.unit, after.round, after.index))
         was = unit_row(before)
-        fence = {f"before_{name}": was[name] for name in ("state", "outcome", "chosen", "merged_in")}
+        fence = {
+            f"before_{name}": was[name]
+            for name in ("state", "outcome", "chosen", "merged_in", "retracted", "unmerged_in")
+        }
         self._save("save_unit", f"unit {before.unit}", **unit_row(after), **fence)
 
     def units(self, round_number: int) -> tuple[Unit, ...]:
         """See `Store.units`."""
         return self._all(unit_of, "units", round=round_number)
+
+    def unsettled_units(self, round_number: int) -> tuple[Unit, ...]:
+        """See `Store.unsettled_units`."""
+        return self._all(unit_of, "unsettled_units", round=round_number)
+
+    def units_to_unmerge(self) -> tuple[Unit, ...]:
+        """See `Store.units_to_unmerge`."""
+        return self._all(unit_of, "units_to_unmerge")
 
     def unit_counts(self, round_number: int) -> dict[UnitState, int]:
         """See `Store.unit_counts`."""
@@ -186,7 +208,11 @@ class SqliteStore:
     def save_attempt(self, before: Attempt, after: Attempt) -> None:
         """See `Store.save_attempt`."""
         _same(_identity(before), _identity(after))
-        fence = {"before_state": before.state.value, "before_deadline_ms": before.deadline_ms}
+        fence = {
+            "before_state": before.state.value,
+            "before_deadline_ms": before.deadline_ms,
+            "before_scrutiny": before.scrutiny.value,
+        }
         self._save("save_attempt", f"attempt {before.lease}", **attempt_row(after), **fence)
 
     def leased_attempt(self, device: KeyId) -> Attempt | None:
@@ -212,11 +238,91 @@ class SqliteStore:
     def mergeable(self) -> tuple[tuple[Unit, Attempt], ...]:
         """See `Store.mergeable`."""
         pairs = []
-        for unit in self._all(unit_of, "mergeable_units"):
-            chosen = self.attempt(unit.chosen) if unit.chosen else None
-            assert chosen is not None  # a foreign key
-            pairs.append((unit, chosen))
+        for attempt in self._all(attempt_of, "mergeable"):
+            unit = self.unit(attempt.unit)
+            assert unit is not None  # a foreign key
+            pairs.append((unit, attempt))
         return tuple(pairs)
+
+    def ready_count(self, round_number: int) -> int:
+        """See `Store.ready_count`."""
+        return self._count("ready_count", round=round_number)
+
+    def wasted_count(self, owner: KeyId, round_number: int) -> int:
+        """See `Store.wasted_count`."""
+        return self._count("wasted_count", owner=owner, round=round_number)
+
+    def unsent_in_doubt(self, round_number: int) -> tuple[Attempt, ...]:
+        """See `Store.unsent_in_doubt`."""
+        return self._all(attempt_of, "unsent_in_doubt", round=round_number)
+
+    def unmerged_of_owner(self, owner: KeyId) -> tuple[Attempt, ...]:
+        """See `Store.unmerged_of_owner`."""
+        return self._all(attempt_of, "unmerged_of_owner", owner=owner)
+
+    def merged_unaudited_of_owner(self, owner: KeyId) -> tuple[Attempt, ...]:
+        """See `Store.merged_unaudited_of_owner`."""
+        return self._all(attempt_of, "merged_unaudited_of_owner", owner=owner)
+
+    # --- audits ----------------------------------------------------------------------------------------------
+
+    def add_audit(self, audit: Audit) -> Audit:
+        """See `Store.add_audit`."""
+        self._write("add_audit", **audit_row(audit))
+        stored = self.audit(self._count("last_audit"))
+        assert stored is not None  # just written
+        return stored
+
+    def audit(self, number: int) -> Audit | None:
+        """See `Store.audit`."""
+        return self._one(audit_of, "audit", audit=number)
+
+    def save_audit(self, before: Audit, after: Audit) -> None:
+        """See `Store.save_audit`."""
+        _same((before.audit, before.lease, before.reason), (after.audit, after.lease, after.reason))
+        was = audit_row(before)
+        fence = {f"before_{name}": was[name] for name in ("state", "replica", "auditor")}
+        self._save("save_audit", f"audit {before.audit}", **audit_row(after), **fence)
+
+    def audits(self, state: AuditState) -> tuple[Audit, ...]:
+        """See `Store.audits`."""
+        return self._all(audit_of, "open_audits", state=state.value)
+
+    def audits_of_subject(self, lease: LeaseId) -> tuple[Audit, ...]:
+        """See `Store.audits_of_subject`."""
+        return self._all(audit_of, "audits_of_subject", lease=lease)
+
+    def audits_of_replica(self, lease: LeaseId) -> tuple[Audit, ...]:
+        """See `Store.audits_of_replica`."""
+        return self._all(audit_of, "audits_of_replica", replica=lease)
+
+    def failed_count(self, owner: KeyId) -> int:
+        """See `Store.failed_count`."""
+        return self._count("failed_count", owner=owner)
+
+    def unmerged_blobs(self) -> tuple[Digest, ...]:
+        """See `Store.unmerged_blobs`."""
+        attempts = self._all(attempt_of, "rejected_blobs")
+        return tuple(Digest(artifact.blob_sha256) for attempt in attempts for artifact in attempt.artifacts)
+
+    def audit_counts(self) -> dict[AuditState, int]:
+        """See `Store.audit_counts`."""
+        rows = self._all(lambda row: (AuditState(row["state"]), int(row["number"])), "audit_counts")
+        return dict.fromkeys(AuditState, 0) | dict(rows)
+
+    def in_doubt_count(self, epoch: int) -> int:
+        """See `Store.in_doubt_count`."""
+        return self._count("in_doubt_count", epoch=epoch)
+
+    def add_opinion(self, audit: int, claim: Digest, auditor: KeyId, finding: str, envelope: bytes) -> None:
+        """See `Store.add_opinion`."""
+        self._write("add_opinion", audit=audit, claim=claim, auditor=auditor, finding=finding, envelope=envelope)
+
+    def opinions(self, audit: int) -> tuple[bytes, ...]:
+        """See `Store.opinions`."""
+        return self._all(lambda row: bytes(row["envelope"]), "opinions", audit=audit)
+
+    # --- more of attempts ------------------------------------------------------------------------------------
 
     def unjudged(self, before_round: int) -> tuple[Attempt, ...]:
         """See `Store.unjudged`."""
@@ -280,6 +386,9 @@ class SqliteStore:
         self._write("put_meta", key=key, value=value)
 
 
+_UNIT_FENCE = ("state", "outcome", "chosen", "merged_in", "retracted", "unmerged_in")
+
+
 def _identity(attempt: Attempt) -> tuple[object, ...]:
     return (
         attempt.lease,
@@ -289,6 +398,7 @@ def _identity(attempt: Attempt) -> tuple[object, ...]:
         attempt.owner,
         attempt.lease_envelope,
         attempt.lease_sha256,
+        attempt.leased_ms,
     )
 
 

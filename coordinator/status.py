@@ -1,11 +1,13 @@
 """Where a run stands, read from its directory: whether it is served or not, and without disturbing it."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from coordinator.audits import AuditState
 from coordinator.directory import RunDirectory
 from coordinator.rounds import RoundState
 from coordinator.serve import serving_file
@@ -21,6 +23,13 @@ from verify.plain_files import read_plain
 
 _MOST_BYTES: Final = 64 * KIB
 _LARGEST_PID: Final = 2**31 - 1
+_WAITING: Final = {
+    AuditState.WANTS_REPLICA.value: "for a replica",
+    AuditState.REPLICATED.value: "for a comparison",
+    AuditState.WANTS_BYTES.value: "for a replica's bytes",
+    AuditState.WANTS_REFEREE.value: "for an auditor",
+    AuditState.WANTS_SECOND.value: "for a second auditor",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +37,8 @@ class RunStatus:
     """A run at one instant. `round` is None before the run was served for the first time.
 
     `units` counts the current round's units by state; `members` counts accepted units of the whole run by pseudonym;
-    `join` is there only while the run is served.
+    `owners` counts owners by how far they are trusted, `audits` audits by state; `join` is there only while the run is
+    served.
     """
 
     run: RunId
@@ -42,6 +52,8 @@ class RunStatus:
     units: Mapping[str, int]
     members: Mapping[str, int]
     devices: int
+    owners: Mapping[str, int]
+    audits: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """Return the status as a JSON object."""
@@ -60,8 +72,20 @@ class RunStatus:
         units = ", ".join(f"{count} {state}" for state, count in self.units.items())
         lines.append(f"round: {self.round}, {self.round_state}; units: {units}")
         lines.append(f"members: {len(self.members)} with merged or accepted units, {self.devices} devices seen")
+        lines += self._audit_lines()
         most = sorted(self.members.items(), key=lambda item: (-item[1], item[0]))[:10]
         return (*lines, *(f"  {member[:12]}: {count:,} units" for member, count in most))
+
+    def _audit_lines(self) -> list[str]:
+        owners = ", ".join(f"{count} {state}" for state, count in self.owners.items() if count)
+        waiting = ", ".join(
+            f"{self.audits[state]} {words}" for state, words in _WAITING.items() if self.audits.get(state)
+        )
+        done = f"{self.audits.get('passed', 0):,} passed, {self.audits.get('failed', 0):,} failed"
+        lines = [f"owners: {owners or 'none yet'}", f"audits: {done}" + (f"; waiting: {waiting}" if waiting else "")]
+        if self.audits.get(AuditState.WANTS_SECOND.value):
+            lines.append("  a second auditor is needed: `commonweight coordinator delegate` lets one judge")
+        return lines
 
 
 def read_status(directory: RunDirectory) -> RunStatus:
@@ -74,6 +98,8 @@ def read_status(directory: RunDirectory) -> RunStatus:
     trust = directory.trust()
     checkpoint = _newest_checkpoint(directory)
     current, counts, members, devices = None, {}, {}, 0
+    owners: dict[str, int] = {}
+    audits: dict[str, int] = {}
     if directory.database.exists():
         store = SqliteStore.open(directory.database)
         try:
@@ -82,6 +108,8 @@ def read_status(directory: RunDirectory) -> RunStatus:
                 counts = store.unit_counts(current.round)
             members = store.units_by_member()
             devices = store.device_count()
+            owners = dict(Counter(owner.state.value for owner in store.owners()))
+            audits = {state.value: count for state, count in store.audit_counts().items()}
         finally:
             store.close()
     return RunStatus(
@@ -96,6 +124,8 @@ def read_status(directory: RunDirectory) -> RunStatus:
         units={_name(state): count for state, count in counts.items()},
         members=members,
         devices=devices,
+        owners=owners,
+        audits=audits,
     )
 
 

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from coordinator.audits import Audit, AuditState
 from coordinator.owners import Device, Owner
 from coordinator.rounds import Round
 from coordinator.units import Attempt, Outcome, Unit, UnitState
@@ -61,6 +62,14 @@ class Store(Protocol):
         """Store an owner, new or changed."""
         ...
 
+    def owners(self) -> tuple[Owner, ...]:
+        """Return every owner."""
+        ...
+
+    def established_others(self, owner: KeyId) -> int:
+        """Return how many owners but this one are established."""
+        ...
+
     def device(self, device: KeyId) -> Device | None:
         """Return a device."""
         ...
@@ -95,6 +104,14 @@ class Store(Protocol):
         """Return the round's units by index."""
         ...
 
+    def unsettled_units(self, round_number: int) -> tuple[Unit, ...]:
+        """Return the units of this round and earlier ones that are not settled; by round, index."""
+        ...
+
+    def units_to_unmerge(self) -> tuple[Unit, ...]:
+        """Return merged units that are retracted and that no later checkpoint takes out yet."""
+        ...
+
     def unit_counts(self, round_number: int) -> dict[UnitState, int]:
         """Return how many of the round's units are in each state, zeros included."""
         ...
@@ -104,7 +121,7 @@ class Store(Protocol):
         ...
 
     def units_by_member(self, round_number: int | None = None) -> dict[str, int]:
-        """Return how many accepted units, of one round or of all, each member (pseudonym) did."""
+        """Return how many accepted and not retracted units, of one round or of all, each member (pseudonym) did."""
         ...
 
     # --- attempts --------------------------------------------------------------------------------------------
@@ -146,7 +163,27 @@ class Store(Protocol):
         ...
 
     def mergeable(self) -> tuple[tuple[Unit, Attempt], ...]:
-        """Return accepted units that no checkpoint holds, with their chosen attempts if RECEIVED; by round, index."""
+        """Return unsettled units with the first RECEIVED attempt that no audit holds back; by round, index."""
+        ...
+
+    def ready_count(self, round_number: int) -> int:
+        """Return how many of the round's units `mergeable` holds."""
+        ...
+
+    def wasted_count(self, owner: KeyId, round_number: int) -> int:
+        """Return how many leases of the round the owner's devices gave up, let expire, or answered with no delta."""
+        ...
+
+    def unsent_in_doubt(self, round_number: int) -> tuple[Attempt, ...]:
+        """Return attempts of this round and earlier ones that must be audited and whose bytes did not come."""
+        ...
+
+    def unmerged_of_owner(self, owner: KeyId) -> tuple[Attempt, ...]:
+        """Return the owner's attempts that are leased, or claimed and not judged, in the order of their leases."""
+        ...
+
+    def merged_unaudited_of_owner(self, owner: KeyId) -> tuple[Attempt, ...]:
+        """Return the owner's attempts that were chosen for a merge, never audited, and not retracted."""
         ...
 
     def unjudged(self, before_round: int) -> tuple[Attempt, ...]:
@@ -165,6 +202,59 @@ class Store(Protocol):
 
     def evidence(self, lease: LeaseId) -> tuple[bytes, ...]:
         """Return the claims that were kept as evidence, in the order of their arrival."""
+        ...
+
+    # --- audits ----------------------------------------------------------------------------------------------
+
+    def add_audit(self, audit: Audit) -> Audit:
+        """Store a new audit and return it with its number."""
+        ...
+
+    def audit(self, number: int) -> Audit | None:
+        """Return an audit."""
+        ...
+
+    def save_audit(self, before: Audit, after: Audit) -> None:
+        """Store a changed audit."""
+        ...
+
+    def audits(self, state: AuditState) -> tuple[Audit, ...]:
+        """Return the audits in an open state, the oldest first."""
+        ...
+
+    def audits_of_subject(self, lease: LeaseId) -> tuple[Audit, ...]:
+        """Return the audits of an attempt's claim, the oldest first."""
+        ...
+
+    def audits_of_replica(self, lease: LeaseId) -> tuple[Audit, ...]:
+        """Return the audits that an attempt serves as a replica, the oldest first."""
+        ...
+
+    def failed_count(self, owner: KeyId) -> int:
+        """Return how many audits of the owner's claims ended with a referee's refutation that still holds."""
+        ...
+
+    def unmerged_blobs(self) -> tuple[Digest, ...]:
+        """Return the blobs of judged attempts that no merge chose: kept only as long as somebody may appeal.
+
+        A blob that is a chosen attempt's as well MUST NOT be among them.
+        """
+        ...
+
+    def audit_counts(self) -> dict[AuditState, int]:
+        """Return how many audits are in each state, zeros included."""
+        ...
+
+    def in_doubt_count(self, epoch: int) -> int:
+        """Return how many claims of an epoch still wait for an audit, appeals and audits back not counted."""
+        ...
+
+    def add_opinion(self, audit: int, claim: Digest, auditor: KeyId, finding: str, envelope: bytes) -> None:
+        """Store an auditor's signed opinion on a claim; one of each auditor MUST stand for each audit and claim."""
+        ...
+
+    def opinions(self, audit: int) -> tuple[bytes, ...]:
+        """Return the signed opinions of an audit in the order of their arrival."""
         ...
 
     # --- rounds ----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, unique
 from typing import Final, TypeAlias, overload
 
+from coordinator.audits import AuditReason, Scrutiny
 from protocol.documents import Artifact, Digest, LeaseId, UnitId
 from protocol.errors import IllegalTransition
 from protocol.keys import KeyId
@@ -44,7 +45,8 @@ class Outcome(Enum):
 class Unit:
     """A work unit: the `index`-th of `round`. `merged_in` is the checkpoint that holds its chosen attempt.
 
-    `merged_in` is plain data: publishing a checkpoint sets it by `dataclasses.replace`, no event moves it.
+    `retracted`: an audit back refuted what was merged; `unmerged_in` is the checkpoint that takes it out again. These
+    three are plain data: set by `dataclasses.replace`, no event moves them.
     """
 
     unit: UnitId
@@ -54,6 +56,8 @@ class Unit:
     outcome: Outcome | None = None
     chosen: LeaseId | None = None
     merged_in: int | None = None
+    retracted: bool = False
+    unmerged_in: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +125,10 @@ class Attempt:
 
     `deadline_ms` (UTC milliseconds) is that of the current step: the lease's while LEASED, the upload's after a claim.
     `lease_sha256` and `claim_sha256` are digests of the signed payloads; the envelopes are the signed bytes as they
-    were sent or received. `sketch` is 1,024 little-endian fp32 numbers.
+    were sent or received. `sketch` is 1,024 little-endian fp32 numbers. `trained_ms` is the time from lease to claim;
+    `audit_share` (in 2^-24) the probability of an audit that the claim's receipt names; `late` the rounds by which the
+    bytes came late; `refused` says that they were no delta of the run. `scrutiny` and `reason` change by
+    `dataclasses.replace` when an audit is asked for or passes.
     """
 
     lease: LeaseId
@@ -132,6 +139,7 @@ class Attempt:
     deadline_ms: int
     lease_envelope: bytes
     lease_sha256: Digest
+    leased_ms: int
     state: AttemptState = AttemptState.LEASED
     claim_sha256: Digest | None = None
     claim_envelope: bytes | None = None
@@ -140,6 +148,13 @@ class Attempt:
     sketch: bytes | None = None
     bytes_receipt: bytes | None = None
     verdict_envelope: bytes | None = None
+    trained_ms: int | None = None
+    epoch: int | None = None
+    audit_share: int = 0
+    scrutiny: Scrutiny = Scrutiny.NONE
+    reason: AuditReason | None = None
+    late: int = 0
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +166,10 @@ class Claimed:
     artifacts: tuple[Artifact, ...]
     receipt: bytes
     deadline_ms: int
+    trained_ms: int
+    epoch: int
+    audit_share: int
+    reason: AuditReason | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,14 +181,29 @@ class Sketched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """Every artifact is stored, checked and receipted."""
+    """Every artifact is stored, checked and receipted; it came so many rounds late."""
 
     receipt: bytes
+    late: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Excused:
     """The coordinator does not need this attempt's bytes; the device keeps them until the verdict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BytesWanted:
+    """The bytes of an excused attempt are needed after all, by `deadline_ms`."""
+
+    deadline_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejudged:
+    """A later finding changes the verdict on a judged claim."""
+
+    verdict_envelope: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +223,9 @@ class HandedBack:
     """The device gave the unit back."""
 
 
-AttemptEvent: TypeAlias = Claimed | Sketched | Received | Excused | Judged | Expired | HandedBack
+AttemptEvent: TypeAlias = (
+    Claimed | Sketched | Received | Excused | BytesWanted | Judged | Rejudged | Expired | HandedBack
+)
 
 ATTEMPT_TRANSITIONS: Final[dict[tuple[AttemptState, type[AttemptEvent]], AttemptState]] = {
     (AttemptState.LEASED, Claimed): AttemptState.CLAIMED,
@@ -204,6 +240,10 @@ ATTEMPT_TRANSITIONS: Final[dict[tuple[AttemptState, type[AttemptEvent]], Attempt
     (AttemptState.SKETCHED, Excused): AttemptState.EXCUSED,
     (AttemptState.SKETCHED, Judged): AttemptState.JUDGED,
     (AttemptState.RECEIVED, Judged): AttemptState.JUDGED,
+    # A replica that disagrees must show its bytes.
+    (AttemptState.EXCUSED, BytesWanted): AttemptState.SKETCHED,
+    # A verdict can be taken back, by an audit of what was merged or by an appeal; the attempt is over all the same.
+    (AttemptState.JUDGED, Rejudged): AttemptState.JUDGED,
     (AttemptState.EXCUSED, Judged): AttemptState.JUDGED,
 }
 """Every legal move of an attempt."""
@@ -234,7 +274,7 @@ class ReleaseUnit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfferToUnit:
-    """The attempt's bytes are here: settle the unit with it unless another attempt was chosen before."""
+    """The attempt's bytes are here: let it stand for its unit, unless another attempt does already."""
 
     unit: UnitId
     lease: LeaseId
@@ -311,15 +351,25 @@ def _advance_attempt(attempt: Attempt, event: object) -> tuple[Attempt, tuple[In
                 artifacts=event.artifacts,
                 claim_receipt=event.receipt,
                 deadline_ms=event.deadline_ms,
+                trained_ms=event.trained_ms,
+                epoch=event.epoch,
+                audit_share=event.audit_share,
+                scrutiny=Scrutiny.NONE if event.reason is None else Scrutiny.PENDING,
+                reason=event.reason,
             )
             return moved, ()
         case Sketched():
             return replace(moved, sketch=event.sketch), ()
         case Received():
             offer = OfferToUnit(unit=attempt.unit, lease=attempt.lease)
-            return replace(moved, bytes_receipt=event.receipt), (offer,)
+            return replace(moved, bytes_receipt=event.receipt, late=event.late), (offer,)
+        case BytesWanted():
+            return replace(moved, deadline_ms=event.deadline_ms), ()
         case Judged():
             return _judge(attempt, event)
+        case Rejudged():
+            verdict = PublishVerdict(lease=attempt.lease, verdict_envelope=event.verdict_envelope)
+            return replace(moved, verdict_envelope=event.verdict_envelope), (verdict,)
         case Expired() | HandedBack():
             return moved, (ReleaseUnit(unit=attempt.unit),)
         case _:
@@ -332,10 +382,9 @@ def _judge(attempt: Attempt, event: Judged) -> tuple[Attempt, tuple[Instruction,
         raise _illegal(attempt, event)
     moved = replace(attempt, state=AttemptState.JUDGED, verdict_envelope=event.verdict_envelope)
     instructions: list[Instruction] = []
-    if attempt.state in (AttemptState.CLAIMED, AttemptState.SKETCHED):
-        # Judged before its bytes came: it will not deliver, so somebody else must be able to.
-        instructions.append(ReleaseUnit(unit=attempt.unit))
     if event.verdict_envelope is not None:
+        # If its unit is not settled by now, this attempt will not do it, so somebody else must be able to.
+        instructions.append(ReleaseUnit(unit=attempt.unit))
         instructions.append(PublishVerdict(lease=attempt.lease, verdict_envelope=event.verdict_envelope))
     return moved, tuple(instructions)
 

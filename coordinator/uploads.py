@@ -140,6 +140,9 @@ class Uploads:
             "artifact": asdict(artifact),
             "file_digest": digest,
         }
+        if expected.sketch is not None:
+            seed, value = expected.sketch
+            job["sketch"] = {"seed": seed, "value": value.hex()}
         # The disk writes while the settler reads.
         syncing = asyncio.create_task(asyncio.to_thread(self._staging.sync, claim, artifact.role))
         syncing.add_done_callback(_look_at_the_end)

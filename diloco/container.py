@@ -6,7 +6,7 @@ of reading one header of the right length.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Self
@@ -26,7 +26,7 @@ from diloco.codec import (
     decode,
 )
 from diloco.layout import Entry, Layout
-from diloco.pinned import PinnedFile
+from diloco.pinned import Bytes, PinnedFile
 from diloco.schema import Schema
 from diloco.tables import Floats
 from protocol.canonical import canonical_json
@@ -37,6 +37,7 @@ FORMAT: Final = 1
 _HASH_CHUNK: Final = 1 << 20
 
 
+@lru_cache(maxsize=64)
 def container_layout(schema: Schema, codec: CodecConfig, unit_id: bytes) -> Layout:
     """Return the implied layout: all scales in schema order, then all codes in schema order."""
     described = canonical_json(
@@ -92,7 +93,7 @@ class Container:
         self.unit_id = unit_id
         self._file = file
         self._data_start = data_start
-        self._starts = _starts(schema, codec)
+        self._starts = data_starts(schema, codec)
 
     @classmethod
     def open(cls, path: Path, schema: Schema, codec: CodecConfig, unit_id: bytes) -> Self:
@@ -128,7 +129,7 @@ class Container:
         """
         for spec in self.schema.tensors:
             for start, stop in chunk_ranges(spec.num_elements, 4 * DECODE_CHUNK):
-                codes, scales = self._read(spec.name, start, stop)
+                codes, scales = self.coded(spec.name, start, stop)
                 check_scales(scales, spec.name)
                 check_codes(codes, scales, stop - start, block=self.codec.block, name=spec.name)
 
@@ -138,7 +139,7 @@ class Container:
 
     def decode(self, name: str, start: int, stop: int) -> Floats:
         """Return elements [start, stop) of the flattened tensor, fp32; `start` must be the start of a block."""
-        codes, scales = self._read(name, start, stop)
+        codes, scales = self.coded(name, start, stop)
         return decode(codes, scales, stop - start, block=self.codec.block)
 
     def tensor(self, name: str) -> Floats:
@@ -152,7 +153,8 @@ class Container:
             for start, stop in chunk_ranges(spec.num_elements):
                 yield self.decode(spec.name, start, stop)
 
-    def _read(self, name: str, start: int, stop: int) -> tuple[Codes, Scales]:
+    def coded(self, name: str, start: int, stop: int) -> tuple[Codes, Scales]:
+        """Return codes and scales of elements [start, stop); `start` must be the start of a block."""
         block = self.codec.block
         if start % block or not 0 <= start <= stop <= self.schema.elements_of[name]:
             raise ValueError(f"elements {start} to {stop} of {name} are not a block-aligned range of the tensor")
@@ -165,6 +167,10 @@ class Container:
         )
         return codes, scales.view("<u2").astype(np.uint16, copy=False)
 
+    def parts(self, *spans: tuple[int, int]) -> Sequence[Bytes]:
+        """Return one array of bytes for each (offset, length) in the data section, laid out as `data_starts` says."""
+        return self._file.read(*((self._data_start + offset, length) for offset, length in spans))
+
     def _data(self) -> Iterator[memoryview]:
         for offset in range(self._data_start, self._file.size, _HASH_CHUNK):
             (part,) = self._file.read((offset, min(_HASH_CHUNK, self._file.size - offset)))
@@ -172,8 +178,11 @@ class Container:
 
 
 @lru_cache(maxsize=4)
-def _starts(schema: Schema, codec: CodecConfig) -> dict[str, int]:
-    """Return each tensor's offset in the data section. Shared, so that an open container is small: a merge has many."""
+def data_starts(schema: Schema, codec: CodecConfig) -> dict[str, int]:
+    """Return the offset of each tensor's "NAME.scales" and "NAME.codes" in the data section; not to be changed.
+
+    Shared, so that an open container is small: a merge has many.
+    """
     return container_layout(schema, codec, b"").starts()
 
 

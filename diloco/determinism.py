@@ -78,7 +78,7 @@ def selftest_digest() -> str:
 
 
 def set_precision(device: str, threads: int) -> PrecisionReport:
-    """Set the process up to train in true fp32: no TF32, no flushing of subnormals, the given number of CPU threads.
+    """Set the process up to train in true fp32 or bf16: no TF32, no sums in bf16, no flushing of subnormals.
 
     Deterministic algorithms are not forced: where they cost (up to twice the time on GPUs) they buy nothing, since
     replays are judged by tolerance.
@@ -99,6 +99,8 @@ def set_precision(device: str, threads: int) -> PrecisionReport:
             reason="CPU kernels split and add in a fixed order for a fixed number of threads",
         )
     torch.backends.cudnn.benchmark = False
+    # Products of bf16 matrices that are summed in parts would add the parts in bf16, differently on each kind of GPU.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return PrecisionReport(
         device=device,
         threads=threads,

@@ -30,6 +30,16 @@ class Batch:
             t=self.t.to(device),
         )
 
+    def parts(self, count: int) -> tuple["Batch", ...]:
+        """Return the batch in `count` parts of equal size, in order."""
+        if count == 1:
+            return (self,)
+        columns = (tensor.chunk(count) for tensor in (self.latent, self.text, self.pooled, self.noise, self.t))
+        return tuple(
+            Batch(latent=latent, text=text, pooled=pooled, noise=noise, t=t)
+            for latent, text, pooled, noise, t in zip(*columns, strict=True)
+        )
+
 
 class Draws:
     """The random inputs of a unit, addressed by step (from 0) and place in the batch (from 0)."""

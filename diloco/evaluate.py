@@ -5,6 +5,7 @@ Not canonical: the last digits depend on the machine.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,14 @@ from diloco.tables import TABLE_SIZE, Floats, logit_normal_table
 from mmdit.config import MMDiTConfig
 from mmdit.flow import flow_loss_B
 from mmdit.transformer import build
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TripleLoss:
+    """The velocity loss of one (picture, timestep, noise) triple, and its timestep t, 0 being the picture itself."""
+
+    t: float
+    loss: float
 
 
 def heldout_loss(
@@ -28,10 +37,29 @@ def heldout_loss(
     max_tokens: int,
     device: str,
 ) -> float:
-    """Return the mean velocity loss over `count` fixed triples of held-out samples.
+    """Return the mean velocity loss over `count` fixed triples of held-out samples; see `heldout_losses`."""
+    triples = heldout_losses(
+        config, weights, shards, seed, count=count, batch=batch, max_tokens=max_tokens, device=device
+    )
+    return math.fsum(triple.loss for triple in triples) / len(triples)
+
+
+def heldout_losses(
+    config: MMDiTConfig,
+    weights: Mapping[str, Floats],
+    shards: ShardSet,
+    seed: bytes,
+    *,
+    count: int,
+    batch: int,
+    max_tokens: int,
+    device: str,
+) -> list[TripleLoss]:
+    """Return the velocity losses of `count` fixed triples, in the order of their timesteps.
 
     Pictures are a fixed random permutation of the shards' samples (repeated if `count` is larger); the j-th one gets
-    the (j + 1/2) / count quantile of the training density of timesteps, so that timesteps add no variance.
+    the (j + 1/2) / count quantile of the training density of timesteps, so that timesteps add no variance. The j-th
+    triple is the same for all weights: losses before and after a delta can be compared pair by pair.
 
     Args:
         seed: 32 bytes, fixed for the run.
@@ -41,7 +69,7 @@ def heldout_loss(
     model = build(config, weights, device=device).eval()
     indices = _permutation(seed, shards.n)
     noise_stream = Stream(seed, "noise")
-    losses: list[float] = []
+    losses: list[TripleLoss] = []
     with torch.inference_mode():
         for start in range(0, count, batch):
             places = range(start, min(start + batch, count))
@@ -49,8 +77,9 @@ def heldout_loss(
             noise = np.stack([noise_stream.normal(0, j, latent[0].numel()) for j in places])
             t = logit_normal_table()[[(2 * j + 1) * TABLE_SIZE // (2 * count) for j in places]]
             inputs = (latent, text, pooled, torch.from_numpy(noise).view_as(latent), torch.from_numpy(t))
-            losses += flow_loss_B(model, *(tensor.to(device) for tensor in inputs)).tolist()
-    return math.fsum(losses) / len(losses)
+            values = flow_loss_B(model, *(tensor.to(device) for tensor in inputs)).tolist()
+            losses += [TripleLoss(t=moment, loss=loss) for moment, loss in zip(t.tolist(), values, strict=True)]
+    return losses
 
 
 def _permutation(seed: bytes, n: int) -> list[int]:

@@ -4,6 +4,13 @@
     v     = mu v + g
     theta = theta - eta (g + mu v)         DiLoCo's outer Nesterov step (arXiv 2311.08105, section 3)
 
+The step is linear in every delta. So one that was merged with weight w, k checkpoints before the base, and refuted
+since, can be taken out again: what it did to the base, with all that its momentum did in the rounds between, is
+subtracted before the round's own merge. What was published stays as it is.
+
+    theta = theta + eta w (1 + mu + ... + mu^(k+1)) d
+    v     = v - mu^k w d
+
 Every operation is one separate numpy fp32 call, so the result is the same bytes on every machine; the chunk size only
 bounds memory, it does not touch the result. Memory does not grow with the number of deltas: one chunk of one tensor of
 one delta is in memory at a time.
@@ -52,6 +59,19 @@ class MergeInput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnmergeInput:
+    """A delta that is taken out again. Its unit, of which no other delta was merged, orders the subtractions.
+
+    weight: with which it was merged, in 2^-24.
+    rounds_ago: the base's number less that of the checkpoint it was merged into; 0 if that is the base itself.
+    """
+
+    container: Container
+    weight: int
+    rounds_ago: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
     """Digests of the two files that a merge wrote."""
 
@@ -66,6 +86,9 @@ def merge_round(
     outer: OuterConfig,
     out_weights: Path,
     out_momentum: Path,
+    *,
+    unmerge: Sequence[UnmergeInput] = (),
+    schema: Schema | None = None,
 ) -> MergeResult:
     """Merge a round's deltas into the checkpoint at `base_path`; write weights and outer momentum, both fsynced.
 
@@ -75,14 +98,20 @@ def merge_round(
         momentum_path: the outer momentum that goes with the base; None stands for zeros (round 1).
         inputs: in any order; containers must have passed `check_finite`.
         out_weights, out_momentum: temporary paths; the caller renames them into place.
+        unmerge: deltas that are taken out before the merge, in any order.
+        schema: the tensors of the run's deltas. Only needed if there are no inputs; then the momentum moves on alone.
 
     Raises:
-        ValueError: no inputs, a claim twice, weights that sum to more than one, or inputs of different schemas.
+        ValueError: nothing to do, a claim twice, weights that sum to more than one, or inputs of different schemas.
         CheckpointCorrupt: base or momentum does not have the schema's tensors.
         DeltaNotFinite: the new weights would not be finite.
     """
-    ordered = _ordered(inputs)
-    schema = ordered[0].container.schema
+    schema = _schema_of(inputs, unmerge, schema)
+    work = _Work(
+        outer=outer,
+        merged=tuple(_ordered(inputs)),
+        removed=tuple((_removal(item, outer), item.container) for item in _ordered_removals(unmerge, momentum_path)),
+    )
     base = TensorFile.open(base_path)
     _require_tensors(base, schema, base_path)
     momentum = None if momentum_path is None else TensorFile.open(momentum_path)
@@ -96,7 +125,7 @@ def merge_round(
     ):
         for name in base.names:
             if name in specs:
-                _merge_tensor(specs[name], base, momentum, ordered, outer, weights_out, momentum_out)
+                _merge_tensor(specs[name], base, momentum, work, weights_out, momentum_out)
             else:
                 weights_out.write(name, base.tensor(name))
     assert weights_out.digest is not None
@@ -125,6 +154,28 @@ def merge_chunk(
     return np.subtract(theta, step, out=step), new_v
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """By how much of a delta the weights grow and the momentum shrinks when it is taken out."""
+
+    weights: np.float32
+    momentum: np.float32
+
+
+def unmerge_chunk(theta: Floats, v: Floats, removed: Iterable[tuple[Removal, Floats]]) -> tuple[Floats, Floats]:
+    """Return (theta, v) after deltas were taken out of one chunk; theta and v are not changed, the deltas are.
+
+    Args:
+        removed: how much of each decoded delta to take out, in the order of their units.
+    """
+    for removal, delta in removed:
+        part = np.multiply(delta, removal.momentum)
+        v = np.subtract(v, part)
+        np.multiply(delta, removal.weights, out=delta)
+        theta = np.add(theta, delta)
+    return theta, v
+
+
 def normalise_weights(shares: Sequence[int], digests: Sequence[bytes]) -> tuple[int, ...]:
     """Turn positive integer shares (samples trained, say) into weights that sum to exactly 2^24, by largest remainder.
 
@@ -143,16 +194,57 @@ def normalise_weights(shares: Sequence[int], digests: Sequence[bytes]) -> tuple[
     return tuple(weights)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A round's deltas: those that go in, by claim digest, and those that are taken out, by unit."""
+
+    outer: OuterConfig
+    merged: tuple[MergeInput, ...]
+    removed: tuple[tuple[Removal, Container], ...]
+
+
+def _schema_of(inputs: Sequence[MergeInput], unmerge: Sequence[UnmergeInput], schema: Schema | None) -> Schema:
+    given = [item.container.schema for item in inputs] + [item.container.schema for item in unmerge]
+    if schema is not None:
+        given.append(schema)
+    if not given:
+        raise ValueError("a merge needs at least one delta, or the schema of those that it could have had")
+    if len({each.digest for each in given}) != 1:
+        raise ValueError("all deltas of a merge must have one schema")
+    return given[0]
+
+
 def _ordered(inputs: Sequence[MergeInput]) -> list[MergeInput]:
-    if not inputs:
-        raise ValueError("a merge needs at least one delta")
     if len({item.claim_digest for item in inputs}) != len(inputs):
         raise ValueError("a claim can be merged only once")
-    if min(item.weight for item in inputs) < 0 or sum(item.weight for item in inputs) > WEIGHT_ONE:
+    if any(item.weight < 0 for item in inputs) or sum(item.weight for item in inputs) > WEIGHT_ONE:
         raise ValueError(f"weights must not be negative and must sum to at most {WEIGHT_ONE}")
-    if len({item.container.schema.digest for item in inputs}) != 1:
-        raise ValueError("all deltas of a merge must have one schema")
     return sorted(inputs, key=lambda item: item.claim_digest)
+
+
+def _ordered_removals(unmerge: Sequence[UnmergeInput], momentum_path: Path | None) -> list[UnmergeInput]:
+    if len({item.container.unit_id for item in unmerge}) != len(unmerge):
+        raise ValueError("a unit's delta can be taken out only once")
+    if any(not 0 <= item.weight <= WEIGHT_ONE or item.rounds_ago < 0 for item in unmerge):
+        raise ValueError("what is taken out was merged with a weight from 0 to 1, 0 or more rounds ago")
+    if unmerge and momentum_path is None:
+        raise ValueError("nothing was merged before the first round that could be taken out")
+    return sorted(unmerge, key=lambda item: item.container.unit_id)
+
+
+def _removal(item: UnmergeInput, outer: OuterConfig) -> Removal:
+    # Multiplications and additions of Python floats one by one, from the values that the merges used: no pow, no fma.
+    mu, weight = float(np.float32(outer.momentum)), item.weight * float(_WEIGHT_UNIT)
+    power = 1.0
+    for _ in range(item.rounds_ago):
+        power *= mu
+    total, term = 1.0, 1.0
+    for _ in range(item.rounds_ago + 1):
+        term *= mu
+        total += term
+    return Removal(
+        weights=np.float32(float(np.float32(outer.lr)) * weight * total), momentum=np.float32(power * weight)
+    )
 
 
 def _require_tensors(file: TensorFile, schema: Schema, path: Path) -> None:
@@ -166,16 +258,17 @@ def _merge_tensor(
     spec: TensorSpec,
     base: TensorFile,
     momentum: TensorFile | None,
-    ordered: Sequence[MergeInput],
-    outer: OuterConfig,
+    work: _Work,
     weights_out: TensorFileWriter,
     momentum_out: TensorFileWriter,
 ) -> None:
     for start, stop in chunk_ranges(spec.num_elements):
         theta = base.read(spec.name, start, stop)
         v = np.zeros_like(theta) if momentum is None else momentum.read(spec.name, start, stop)
-        weighted = ((item.weight, item.container.decode(spec.name, start, stop)) for item in ordered)
-        new_theta, new_v = merge_chunk(theta, v, weighted, outer)
+        removed = ((removal, container.decode(spec.name, start, stop)) for removal, container in work.removed)
+        theta, v = unmerge_chunk(theta, v, removed)
+        weighted = ((item.weight, item.container.decode(spec.name, start, stop)) for item in work.merged)
+        new_theta, new_v = merge_chunk(theta, v, weighted, work.outer)
         if not np.all(np.isfinite(new_theta)):
             raise DeltaNotFinite(f"The merge would make {spec.name} infinite or NaN; the round cannot be published so.")
         weights_out.write(spec.name, new_theta)

@@ -20,7 +20,7 @@ from diloco.streams import SEED_BYTES
 from diloco.tables import Floats
 from diloco.trail import Segment, Trail
 from mmdit.config import MMDiTConfig
-from mmdit.flow import flow_loss_B
+from mmdit.flow import VelocityModel, flow_loss_B
 from mmdit.transformer import MMDiT, build
 from protocol.errors import TrainingDiverged
 
@@ -42,7 +42,8 @@ class TrainingSpec:
         text_dropout: probability, in units of 2^-16, that a sample is trained without its caption.
         max_tokens: text tokens of every sample, zero padded; must be the conditioning's.
         segment_steps: steps between two entries of the trail.
-        precision: "fp32", with TF32 off.
+        precision: "fp32", with TF32 off; or "bf16": weights and AdamW in fp32, forward and backward pass on bf16 copies
+            of weights and inputs, timesteps and loss in fp32. One run has one precision; replays of bf16 agree less.
     """
 
     steps: int
@@ -57,7 +58,7 @@ class TrainingSpec:
     text_dropout: int
     max_tokens: int
     segment_steps: int
-    precision: Literal["fp32"]
+    precision: Literal["fp32", "bf16"]
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "segment_steps", "max_tokens"):
@@ -77,8 +78,8 @@ class TrainingSpec:
             raise ValueError(
                 f"text_dropout is {self.text_dropout}; it must be from 0 to {DROPOUT_ONE} (units of 2^-16)"
             )
-        if self.precision != "fp32":
-            raise ValueError(f"precision is {self.precision!r}; this version trains in 'fp32'")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is {self.precision!r}; this version trains in 'fp32' or 'bf16'")
 
     def lr_at(self, step: int, lr_scale: float) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -129,6 +130,7 @@ def run_unit(
     *,
     device: str,
     on_step: Callable[[StepReport], None] | None,
+    parts: int = 1,
 ) -> UnitResult:
     """Train one unit from a base checkpoint.
 
@@ -138,13 +140,17 @@ def run_unit(
         base: the checkpoint's tensors, fp32, by diffusers' names, with the position-embedding buffer.
         device: "cpu" or "cuda".
         on_step: called after each step; may raise to abandon the unit.
+        parts: equal parts of each batch that pass through the model one after another, for devices with little memory.
+            The gradients are the same sums in another order: it changes rounding, not what is computed.
 
     Raises:
         TrainingDiverged: a loss or a weight is not finite.
         ShardCorrupt: a sample has more text than the run allows.
-        ValueError: `base` does not fit `config`.
+        ValueError: `base` does not fit `config`, or the batch has no such number of equal parts.
     """
     training = spec.training
+    if parts < 1 or training.batch % parts:
+        raise ValueError(f"a batch of {training.batch} cannot be cut into {parts} equal parts")
     model = build(config, base, device=device)
     model.train()
     # One order for optimiser, trail and delta: the schema's.
@@ -158,7 +164,7 @@ def run_unit(
             step, training.batch, shards, max_tokens=training.max_tokens, text_dropout=training.text_dropout
         )
         lr = training.lr_at(step, spec.lr_scale)
-        losses.append(_train_step(model, parameters, optimizer, drawn.to(device), lr, training.grad_clip))
+        losses.append(_train_step(model, parameters, optimizer, drawn.to(device), training, lr, parts))
         if not math.isfinite(losses[-1]):
             raise TrainingDiverged(
                 f"The loss became {losses[-1]} at step {step + 1} of {training.steps}; unit dropped."
@@ -194,17 +200,43 @@ def _train_step(
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.AdamW,
     drawn: Batch,
+    training: TrainingSpec,
     lr: float,
-    grad_clip: float,
+    parts: int,
 ) -> float:
-    loss = flow_loss_B(model, drawn.latent, drawn.text, drawn.pooled, drawn.noise, drawn.t).mean()
     optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward([loss])
-    torch.nn.utils.clip_grad_norm_(parameters.values(), grad_clip, foreach=True)
+    losses: list[torch.Tensor] = []
+    for part in drawn.parts(parts):
+        predict = _in_bf16(model, parameters) if training.precision == "bf16" else model
+        loss = flow_loss_B(predict, part.latent, part.text, part.pooled, part.noise, part.t).mean()
+        if parts > 1:
+            loss = loss / parts
+        torch.autograd.backward([loss])
+        losses.append(loss.detach())
+    torch.nn.utils.clip_grad_norm_(parameters.values(), training.grad_clip, foreach=True)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    return float(loss.item())
+    return math.fsum(float(loss.item()) for loss in losses)
+
+
+def _in_bf16(model: MMDiT, parameters: Mapping[str, torch.nn.Parameter]) -> VelocityModel:
+    """Return the model with all its arithmetic in bf16: an explicit cast of every weight and input, and no autocast.
+
+    Which operations autocast widens is the choice of each version of torch; a replay needs that choice fixed. Timesteps
+    go in as fp32, since bf16 would merge neighbours, and are narrowed after they have become waves. The casts are part
+    of the graph, so gradients arrive at the fp32 weights as fp32.
+    """
+    narrow = {name: parameter.to(torch.bfloat16) for name, parameter in parameters.items()}
+
+    def predict(
+        latent_BCHW: torch.Tensor, text_BLD: torch.Tensor, pooled_BP: torch.Tensor, timestep_B: torch.Tensor, /
+    ) -> torch.Tensor:
+        inputs = (*(x.to(torch.bfloat16) for x in (latent_BCHW, text_BLD, pooled_BP)), timestep_B)
+        velocity_BCHW: torch.Tensor = torch.func.functional_call(model, narrow, inputs)
+        return velocity_BCHW
+
+    return predict
 
 
 def _segment(parameters: Mapping[str, torch.nn.Parameter], losses: list[float]) -> Segment:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from coordinator import owners, rounds, units
+from coordinator import audits, owners, rounds, units
 from coordinator.diagram import diagram
 from coordinator.settings import describe_settings
 from docs import benchmark_tables, command_reference, protocol_tables, worker_tables
@@ -51,7 +51,10 @@ BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "lifecycle-unit": lambda: fenced("mermaid", diagram(units.UNIT_TRANSITIONS, "a unit")),
     "lifecycle-attempt": lambda: fenced("mermaid", diagram(units.ATTEMPT_TRANSITIONS, "an attempt")),
     "lifecycle-round": lambda: fenced("mermaid", diagram(rounds.TRANSITIONS, "a round")),
-    "lifecycle-owner": lambda: fenced("mermaid", diagram(owners.TRANSITIONS, "an owner")),
+    "lifecycle-audit": lambda: fenced(
+        "mermaid", diagram(audits.TRANSITIONS, "an audit", reopened_by={audits.Appealed})
+    ),
+    "lifecycle-owner": lambda: fenced("mermaid", diagram(owners.TRANSITIONS, "an owner", reopened_by={owners.Cleared})),
     "lifecycle-spool": lambda: fenced("mermaid", diagram(lifecycle.TRANSITIONS, "a finished unit on a worker's disk")),
     "settings": settings,
     "documents": protocol_tables.documents,
@@ -60,6 +63,7 @@ BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "errors": protocol_tables.errors,
     "limits": protocol_tables.limits,
     "events": worker_tables.events,
+    "audit-events": worker_tables.audit_events,
     "commands": command_reference.commands,
     "benchmarks": benchmark_tables.benchmarks,
 }

@@ -1,6 +1,7 @@
 """Tables of the protocol: signed documents, calls and their messages, errors, limits."""
 
 import ast
+import inspect
 import re
 import types
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ SIGNERS: Final[dict[type[Any], str]] = {
     signed.ClaimReceipt: "coordinator",
     signed.BytesReceipt: "coordinator",
     signed.Verdict: "coordinator",
+    signed.Opinion: "auditor",
     signed.Manifest: "coordinator",
 }
 """Which key signs a document; one that is missing here stops the generator."""
@@ -44,12 +46,15 @@ _NAMED: Final[tuple[tuple[object, str], ...]] = (
     (signed.Role, "role: a lower-case word"),
     (signed.RelativePath, "relative path"),
     (signed.Finite, "finite number"),
+    (signed.Share, "whole number from 0 to 16,777,216 (units of 2^-24)"),
+    (bool, "true or false"),
     (dict[str, Any], "JSON object"),
     (str, "text"),
 )
 _PARTS: Final = (
     signed.ShardRef, signed.DataSet, signed.Training, signed.Codec, signed.OuterStep, signed.Rounds,
-    signed.ArtifactLimit, signed.Artifact, signed.MergeEntry, signed.FileEntry, signed.StateEntry,
+    signed.Verification, signed.ArtifactLimit, signed.Artifact, signed.MergeEntry, signed.UnmergeEntry,
+    signed.FileEntry, signed.StateEntry,
 )  # fmt: skip
 _SCALES: Final = {
     "MS": ((DAY_MS, "days"), (HOUR_MS, "h"), (MINUTE_MS, "min"), (SECOND_MS, "s")),
@@ -73,11 +78,30 @@ def documents() -> str:
 
 
 def _summary(kind: type[Any]) -> str:
-    return re.sub(r"\s+", " ", kind.__doc__ or "").strip()
+    """Return what a document's docstring says of the whole of it."""
+    return _docstring(kind)[0]
 
 
 def _members(kind: type[Any]) -> str:
-    return table(("member", "value"), [(f"`{field.name}`", _shown(field.type)) for field in fields(kind)])
+    meanings = _docstring(kind)[1]
+    rows = [(f"`{field.name}`", _shown(field.type)) for field in fields(kind)]
+    if not meanings:
+        return table(("member", "value"), rows)
+    said = [meanings.get(field.name, "") for field in fields(kind)]
+    return table(("member", "value", "meaning"), [(*row, words) for row, words in zip(rows, said, strict=True)])
+
+
+def _docstring(kind: type[Any]) -> tuple[str, dict[str, str]]:
+    """Return a docstring without, and of, its lines of the form "member: meaning"; a meaning may take several lines."""
+    names = {field.name for field in fields(kind)}
+    words: dict[str, list[str]] = {"": []}
+    last = ""
+    for line in inspect.cleandoc(kind.__doc__ or "").splitlines():
+        name, colon, meaning = line.partition(": ")
+        last = name if colon and name in names else last if line else ""
+        words.setdefault(last, []).append(meaning if last == name else line)
+    said = {name: " ".join(" ".join(lines).split()) for name, lines in words.items()}
+    return said.pop(""), said
 
 
 def _shown(kind: Any) -> str:
@@ -101,8 +125,14 @@ def _bounded(kind: Any, notes: tuple[object, ...]) -> str:
     plain = [part for note in notes for part in (note.metadata if isinstance(note, FieldInfo) else [note])]
     low = next((part.ge for part in plain if isinstance(part, annotated_types.Ge)), None)
     high = next((part.le for part in plain if isinstance(part, annotated_types.Le)), None)
-    if kind is int:
-        return f"whole number from {low:,}" + ("" if high == 2**53 - 1 else f" to {high:,}")
+    above = next((part.gt for part in plain if isinstance(part, annotated_types.Gt)), None)
+    below = next((part.lt for part in plain if isinstance(part, annotated_types.Lt)), None)
+    if kind in (int, float):
+        lowest = f" from {low:,}" if low is not None else f" above {above:,}" if above is not None else ""
+        highest = "" if high in (None, 2**53 - 1) else f" to {high:,}" if low is not None else f", at most {high:,}"
+        if below is not None:
+            highest = f", below {below:,}"
+        return ("whole number" if kind is int else "finite number") + lowest + highest
     least = next((part.min_length for part in plain if isinstance(part, annotated_types.MinLen)), None)
     most = next((part.max_length for part in plain if isinstance(part, annotated_types.MaxLen)), None)
     if get_origin(kind) is tuple:
@@ -121,7 +151,7 @@ def _bounded(kind: Any, notes: tuple[object, ...]) -> str:
 def calls() -> str:
     """Return every RPC with its messages, who may make it, and what it is for."""
     comments = _rpc_comments()
-    who = {"open": "anybody", "session": "a device with a session"}
+    who = {"open": "anybody", "session": "a device with a session", "auditor": "an auditor with a session"}
     return table(
         ("call", "who may", "request", "reply", "what for"),
         [
@@ -143,7 +173,7 @@ def _rpc_comments() -> dict[str, str]:
     for comment, name in re.findall(r"((?:^ +//.*\n)+) +rpc (\w+)\(", text, re.MULTILINE):
         sentence = " ".join(line.strip().removeprefix("//").strip() for line in comment.splitlines())
         # Who may call stands in the table's own column.
-        found[name] = re.sub(r"All that follows needs a session\. | Open to everybody.*", "", sentence)
+        found[name] = re.sub(r"All that follows needs [^.]*\. | Open to everybody.*", "", sentence)
     return found
 
 

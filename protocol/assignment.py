@@ -6,7 +6,7 @@ friend. Source: PROTOCOL.md section 5; the verifier, not the prover, fixes data 
 
 import hashlib
 
-from protocol.documents import Digest, RunConfig, UnitId
+from protocol.documents import Digest, RunConfig, RunId, UnitId
 
 
 def unit_id(config_sha256: Digest, round_number: int, index: int) -> UnitId:
@@ -35,3 +35,11 @@ def lr_scale(config: RunConfig, round_number: int) -> float:
         return 1.0
     progress = min(round_number - 1, planned - 1) / (planned - 1)
     return 1.0 - (1.0 - config.training.lr_final_share) * progress
+
+
+def member_of(run: RunId, owner: str) -> Digest:
+    """Return the pseudonym, in a run's public records, of the owner whose key has the id `owner` (64 hex digits).
+
+    Stable within the run, and not linkable to the same key in another run.
+    """
+    return Digest(hashlib.sha256(b"commonweight/member/v1\0" + bytes.fromhex(run + owner)).hexdigest())

@@ -184,3 +184,63 @@ class GetVerdictsReply:
     """The verdicts that are known."""
 
     verdict_envelopes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppealRequest:
+    """Ask for a second referee on a rejected claim."""
+
+    claim: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppealReply:
+    """The appeal is recorded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeAuditRequest:
+    """An auditor asks for claims to judge, waiting at most `wait_ms` for some."""
+
+    wait_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeAuditReply:
+    """The claims of one unit, each with the public key of its device; or (without claims) when to ask again."""
+
+    round: int = 0
+    index: int = 0
+    claim_envelopes: tuple[bytes, ...] = ()
+    device_keys: tuple[bytes, ...] = ()
+    remaining_ms: int = 0
+    retry_after_ms: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadArtifactRequest:
+    """An auditor reads a stored artifact of a claim that it judges."""
+
+    claim: bytes
+    role: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadArtifactReply:
+    """At most 1 MiB from the offset on; empty at the end."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitOpinionsRequest:
+    """What the auditor found, one opinion for each claim that it was given."""
+
+    opinion_envelopes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitOpinionsReply:
+    """The opinions are recorded."""

@@ -36,6 +36,9 @@ RelativePath = Annotated[
 ]
 """A path inside a published directory: no leading slash, no part that starts with a dot."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[int, Field(ge=0, le=2**24)]
+"""A share or a probability, in units of 2^-24."""
+Code = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z_]{2,40}$")]
 
 
 class Document(Protocol):
@@ -203,7 +206,7 @@ class Training:
     grad_clip: Finite
     text_dropout: Annotated[int, Field(ge=0, le=65_536)]
     segment_steps: Positive
-    precision: Literal["fp32"]
+    precision: Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +241,40 @@ class Rounds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """How claims are judged. Shares and probabilities count in 2^-24.
+
+    mode: "replay" has work units run again; "none" checks form and finiteness only, for volunteers who know each other.
+    tolerance: largest least raw difference that a referee calls honest, relative to the raw delta's norm.
+    code_tolerance: largest D = |Q(a) - Q(b)|^2 / |Q(b)|^2 of decoded codes that counts as agreement.
+    probation: audits in a row that a new owner must pass; until then every claim is audited before it merges.
+    floor: smallest probability with which an established owner's claim is audited.
+    referee_share: share of agreeing replicas that a referee replays all the same.
+    ramp: audits passed in a row from which an owner's unaudited deltas count in full.
+    owner_cap: largest share of a merge that one owner's deltas may have, where the others can fill the rest.
+    weighting: the rule that gives each delta its weight by its sketch.
+    hostile_share: share of a merge's deltas that the weighting withstands.
+    norm_bound: a delta whose norm is over this many times the median is audited, and clipped to it.
+    screen_triples: (picture, timestep, noise) triples of the held-out screen of unaudited deltas; 0 is no screen.
+    evidence_sha256: digest of the calibration that the tolerances come from; None for the start values.
+    """
+
+    mode: Literal["replay", "none"]
+    tolerance: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+    code_tolerance: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+    probation: Annotated[int, Field(ge=1, le=10_000)]
+    floor: Share
+    referee_share: Share
+    ramp: Annotated[int, Field(ge=1, le=1_000_000)]
+    owner_cap: Annotated[int, Field(ge=1, le=2**24)]
+    weighting: Literal["mean", "geometric-median", "multi-krum", "nnm-clip"]
+    hostile_share: Annotated[int, Field(ge=0, lt=2**23)]
+    norm_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    screen_triples: Annotated[int, Field(ge=0, le=65_536)]
+    evidence_sha256: Hex32 | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """Everything that decides a run's bytes and rules, complete; signed by the root key.
 
@@ -245,10 +282,10 @@ class RunConfig:
     """
 
     TYPE: ClassVar[str] = _media_type("run-config")
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     name: ShortText
     numerics: Count
-    verification: Literal["none"]
+    verification: Verification
     seed: Hex32
     model: dict[str, Any]
     conditioning: dict[str, Any]
@@ -334,15 +371,21 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimReceipt:
-    """The coordinator has stored a claim: its place in the log and the seed of the sketch that must follow."""
+    """The coordinator has stored a claim: its place in the log and the seed of the sketch that must follow.
+
+    `audit_share` is the probability of an audit, in 2^-24, fixed by the log before `log_position`. Whether the claim
+    was drawn follows from the epoch's secret, whose SHA-256 is `secret_sha256` and which is revealed afterwards.
+    """
 
     TYPE: ClassVar[str] = _media_type("claim-receipt")
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     run: Hex32
     claim: Hex32
     epoch: Count
     log_position: Count
     sketch_seed: Hex32
+    audit_share: Share
+    secret_sha256: Hex32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -367,10 +410,35 @@ class Verdict:
     claim: Hex32
     unit: Hex32
     outcome: Literal["accepted", "rejected"]
-    code: Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z_]{2,40}$")]
+    code: Code
     sentence: Annotated[str, StringConstraints(max_length=500)]
     weight: Count
     checkpoint: Count | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opinion:
+    """What an auditor found by running a claim's unit again; signed by the auditor's key.
+
+    `raw_difference` is the least raw difference consistent with the claimed codes, relative to the norm of the
+    auditor's own raw delta; `code_difference` is D between the claimed and the auditor's decoded delta.
+    `content_sha256` is the auditor's own result. `finding`: within both tolerances of the run, or not.
+    """
+
+    TYPE: ClassVar[str] = _media_type("opinion")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    claim: Hex32
+    unit: Hex32
+    auditor: Hex32
+    finding: Literal["confirmed", "refuted"]
+    raw_difference: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    code_difference: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    trail_agrees: bool
+    content_sha256: Hex32
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    trainer_version: ShortText
+    device_class: ShortText
 
 
 # --- a published checkpoint ----------------------------------------------------------------------------------
@@ -378,7 +446,13 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeEntry:
-    """One delta of a merge. `weight` counts in 2^-24; `member` is the owner's pseudonym in this run."""
+    """One delta of a merge. `weight` and `influence` count in 2^-24; `member` is the owner's pseudonym in this run.
+
+    `audited`: an audit confirmed it. `influence` is what the owner's record lets an unaudited delta count; one for a
+    confirmed one.
+    `late` is the rounds by which its bytes came late, which the staleness discount counts; waiting for an audit is not
+    the volunteer's lateness.
+    """
 
     claim: Hex32
     unit: Hex32
@@ -386,8 +460,29 @@ class MergeEntry:
     blob_sha256: Hex32
     content_sha256: Hex32
     size: Count
-    weight: Annotated[int, Field(ge=0, le=2**24)]
+    weight: Share
     samples: Count
+    member: Hex32
+    audited: bool
+    influence: Share
+    late: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnmergeEntry:
+    """A delta that is taken out again: merged with `weight` into `checkpoint`, refuted afterwards.
+
+    Its whole effect up to the checkpoint before this one is subtracted before this round's merge; what was published
+    stays as it is.
+    """
+
+    claim: Hex32
+    unit: Hex32
+    checkpoint: Positive
+    blob_sha256: Hex32
+    content_sha256: Hex32
+    size: Count
+    weight: Share
     member: Hex32
 
 
@@ -412,17 +507,20 @@ class StateEntry:
 class Manifest:
     """A published checkpoint, complete: what went in, with which weights, and every file that came out.
 
+    `weigh_seed` is the seed of the sketches that the weights follow from; None where no sketch weighed anything.
     Holds no time, so that publishing again after a crash gives the same bytes.
     """
 
     TYPE: ClassVar[str] = _media_type("manifest")
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     run: Hex32
     config_sha256: Hex32
     checkpoint: Count
     previous_manifest_sha256: Hex32 | None
     outer: OuterStep
+    weigh_seed: Hex32 | None
     merged: tuple[MergeEntry, ...]
+    unmerged: tuple[UnmergeEntry, ...]
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
     state: Annotated[tuple[StateEntry, ...], Field(min_length=1)]
     log_position: Count
@@ -445,6 +543,6 @@ class Manifest:
 
 DOCUMENTS: tuple[type[Document], ...] = (
     Delegation, DeviceDelegation, OwnerRevocation, Endpoint, SessionProof, RunConfig,
-    Lease, Claim, ClaimReceipt, BytesReceipt, Verdict, Manifest,
+    Lease, Claim, ClaimReceipt, BytesReceipt, Verdict, Opinion, Manifest,
 )  # fmt: skip
 """Every signed document."""

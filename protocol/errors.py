@@ -136,6 +136,12 @@ class OwnerBanned(AccessRefused):
     code = "OWNER_BANNED"
 
 
+class AuditorRequired(AccessRefused):
+    """This call is for the run's auditors; the run's root key delegates them."""
+
+    code = "AUDITOR_REQUIRED"
+
+
 class WorkRefused(Refusal):
     """A rule about leases, claims or rounds forbids this."""
 
@@ -195,6 +201,19 @@ class RoundTooOld(WorkRefused):
     code = "ROUND_TOO_OLD"
 
 
+class AuditUnknown(WorkRefused):
+    """This auditor has no such claim to judge; it was settled meanwhile, or given to somebody else."""
+
+    code = "AUDIT_UNKNOWN"
+    status = "NOT_FOUND"
+
+
+class AppealRefused(WorkRefused):
+    """This verdict can't be appealed: only a rejection after a referee's replay can, once, within 14 days."""
+
+    code = "APPEAL_REFUSED"
+
+
 class RunFinished(WorkRefused):
     """The run has published its last planned checkpoint; there is no more work. Thank you."""
 
@@ -205,6 +224,12 @@ class BytesRefused(Refusal):
     """A file is not what it must be."""
 
     code = "BYTES_REFUSED"
+
+
+class SketchMismatch(BytesRefused):
+    """The uploaded delta does not have the sketch that was sent for it before."""
+
+    code = "SKETCH_MISMATCH"
 
 
 class UploadOffsetWrong(BytesRefused):
@@ -463,6 +488,12 @@ class DeltasPruned(LocalProblem):
     """The deltas of that round are kept as digests only; it cannot be rebuilt any more."""
 
     code = "DELTAS_PRUNED"
+
+
+class LogDiffers(LocalProblem):
+    """The run's public log breaks the run's own rules, or was changed; keep a copy of it and ask its operator."""
+
+    code = "LOG_DIFFERS"
 
 
 class TargetMissed(LocalProblem):

@@ -64,6 +64,9 @@ MAX_VERDICT_QUERIES: Final = 256
 MAX_EVIDENCE_PER_LEASE: Final = 4
 """Claims kept beside the one that stands. One proves the conflict; more must not be a way to fill the database."""
 
+MAX_OPINIONS: Final = 2
+"""Opinions of one audit: on the claim, and on the replica of it."""
+
 # --- files from the outside ----------------------------------------------------------------------------------
 MAX_CONTAINER_HEADER_BYTES: Final = 1 * MIB
 """Largest header of an uploaded delta container. A header is compared, not parsed; 38 layers need 180 KiB."""
@@ -98,6 +101,14 @@ CERTIFICATE_MS: Final = 3_650 * DAY_MS
 SETTLER_PATIENCE_MS: Final = 5 * MINUTE_MS
 """Longest wait for the settler to admit a delta, or to answer at all; then it counts as dead and is started again."""
 
+APPEAL_MS: Final = 14 * DAY_MS
+"""How long after a rejection the volunteer may appeal, and its delta is kept for that."""
+AUDIT_PATIENCE_MS: Final = 10 * MINUTE_MS
+"""Least time that an auditor has for one unit; a run with longer leases gives it twice a lease."""
+
+UNMERGE_PER_ROUND: Final = 2**22
+"""Weight, in 2^-24 of a merge, that one checkpoint takes out again: a quarter. All at once hurt for many rounds."""
+
 # --- the public files ----------------------------------------------------------------------------------------
 HTTP_HEADER_MS: Final = 10 * SECOND_MS
 """Longest wait for a request's headers on a new connection."""
@@ -113,3 +124,6 @@ LEASES_PER_OWNER_AT_LEAST: Final = 4
 """However small a round is, an owner with a few computers can use them all."""
 UPLOADING_PER_DEVICE: Final = 1
 """Claims that one device may have without their bytes having arrived, beside the unit that it trains."""
+WASTED_LEASES_PER_ROUND: Final = 8
+"""Units of one round that an owner may hand back, let expire, or answer with bytes that are no delta. More looks like
+shopping for a unit, and keeps others from working."""

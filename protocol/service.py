@@ -49,6 +49,7 @@ class Auth(Enum):
 
     OPEN = "open"  # anybody; limited per address
     SESSION = "session"  # a device with a token; limited per device
+    AUDITOR = "auditor"  # an auditor with a token; limited like a device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,10 @@ CALLS: Final[dict[str, Call]] = {
     "GetUpload": Call(request=calls.GetUploadRequest, reply=calls.GetUploadReply, auth=Auth.SESSION),
     "Upload": Call(request=calls.UploadRequest, reply=calls.UploadReply, auth=Auth.SESSION, client_streams=True),
     "GetVerdicts": Call(request=calls.GetVerdictsRequest, reply=calls.GetVerdictsReply, auth=Auth.SESSION),
+    "Appeal": Call(request=calls.AppealRequest, reply=calls.AppealReply, auth=Auth.SESSION),
+    "TakeAudit": Call(request=calls.TakeAuditRequest, reply=calls.TakeAuditReply, auth=Auth.AUDITOR),
+    "ReadArtifact": Call(request=calls.ReadArtifactRequest, reply=calls.ReadArtifactReply, auth=Auth.AUDITOR),
+    "SubmitOpinions": Call(request=calls.SubmitOpinionsRequest, reply=calls.SubmitOpinionsReply, auth=Auth.AUDITOR),
 }
 """Every RPC of the service."""
 

@@ -101,6 +101,16 @@ class RunTrust:
         self._coordinator = PublicKey.from_hex(delegation.public_key)
         return delegation
 
+    def admit_auditor(self, raw: bytes, *, now_ms: int) -> PublicKey:
+        """Return an auditor's key that the root delegated; raise `DelegationInvalid` or `WrongRun`."""
+        delegation = verify(Delegation, raw, self.root)
+        self._same_run(delegation.run)
+        if delegation.role != "auditor":
+            raise DelegationInvalid(f"The key is delegated as {delegation.role}, not as auditor.")
+        if now_ms > delegation.not_after_ms + CLOCK_SKEW_MS:
+            raise DelegationInvalid("The auditor's delegation has expired; the operator must renew it.")
+        return PublicKey.from_hex(delegation.public_key)
+
     def admit_config(self, raw: bytes) -> RunConfig:
         """Step 3. Return the run config that the root signed."""
         payload = open_envelope(raw, RunConfig.TYPE, self.root, max_bytes=MAX_PUBLIC_DOCUMENT_BYTES)

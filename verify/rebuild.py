@@ -1,26 +1,29 @@
 """Doing all of a run's merges again, from checkpoint 0 and the public deltas, and comparing every byte.
 
-Nothing of the coordinator's is taken on trust but what it signed: units must follow from the run config, weights are
-computed again, deltas are admitted again, and each round must give the SHA-256 that its manifest says.
+Nothing of the coordinator's is taken on trust but what it signed: units must follow from the run config, deltas are
+admitted again, weights are computed again from the deltas themselves, and each round must give the SHA-256 that its
+manifest says.
+
+With `without`, it asks instead what the run would have become had one member never taken part. Then there is nothing to
+compare with: the result is the asker's own.
 """
 
 import itertools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from diloco.container import Container
 from diloco.determinism import selftest
-from diloco.merge import MergeInput, merge_round
+from diloco.merge import MergeInput, MergeResult, UnmergeInput, merge_round
+from diloco.weigh import weigh_delta
 from mmdit.export import CONFIG_PATH, DESCRIPTION_PATH, SCHEDULER_PATH, write_description
 from protocol import layout
-from protocol.assignment import unit_id
-from protocol.documents import Artifact, Digest, Manifest, MergeEntry, RunConfig, RunId, envelope_digest
+from protocol.assignment import member_of
+from protocol.documents import Artifact, Digest, Manifest, MergeEntry, RunConfig, RunId, UnmergeEntry
 from protocol.errors import (
     BytesRefused,
-    CheckpointCorrupt,
     DeltasPruned,
     DirectoryNotEmpty,
     PayloadInvalid,
@@ -28,11 +31,10 @@ from protocol.errors import (
     RoundTooOld,
     UsageError,
 )
-from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
-from protocol.log import read_log
-from protocol.trust import RunTrust
+from protocol.keys import PublicKey
 from verify.admission import admit_delta, file_sha256
-from verify.checkpoint import check_file, open_run, read_limited
+from verify.checkpoint import check_file, open_run
+from verify.history import check_history, check_log, read_history
 from verify.replay import (
     check_numerics,
     codec_config,
@@ -41,14 +43,16 @@ from verify.replay import (
     model_config,
     outer_config,
     pixel_space,
-    unit_samples,
 )
 from verify.weights import Candidate, merge_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebuiltRound:
-    """A checkpoint that was merged again and came out as published; `last` is the newest one's number."""
+    """A checkpoint that was merged again; `last` is the newest one's number.
+
+    It came out as published, unless a member was left out: then `deltas` and `weights_sha256` are those of the what-if.
+    """
 
     checkpoint: int
     last: int
@@ -58,13 +62,19 @@ class RebuiltRound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebuildReport:
-    """A whole run that came out as published; the newest checkpoint lies in `directory`."""
+    """A whole run that was merged again; the newest checkpoint lies in `directory`.
+
+    without: the pseudonym of the member that was left out, and `left_out` how many deltas of it. None: nobody was, and
+        every byte came out as published. Otherwise nothing was compared.
+    """
 
     run: RunId
     checkpoint: int
     deltas: int
     weights_sha256: Digest
     directory: Path
+    without: Digest | None = None
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +92,7 @@ def rebuild(
     *,
     run: RunId | None = None,
     start: int = 0,
+    without: str | None = None,
 ) -> RebuildReport:
     """Re-derive the newest checkpoint of a run into `out` and compare each round on the way with its manifest.
 
@@ -91,12 +102,14 @@ def rebuild(
     Args:
         public: a run's public directory, or a mirror of it.
         out: a directory that is empty or not there yet.
-        on_round: called after each round that came out as published.
+        on_round: called after each round.
         run: the run id that must stand behind it; None takes the directory's own.
         start: the checkpoint to begin from, taken as published; for runs whose oldest deltas were pruned.
+        without: a member to leave out: its pseudonym in the manifests, or its owner key's id or public key, 64 hex
+            digits each. What is left is weighed by the same rules, and nothing is compared with the manifests.
 
     Raises:
-        UsageError: there is no such checkpoint to begin from.
+        UsageError: there is no such checkpoint to begin from, or no such member.
         RebuildDiffers: a round's bytes, weights, units or history are not what the rules give.
         DeltasPruned: a delta that is needed is not there.
         CheckpointCorrupt, DigestMismatch: a file of the mirror is missing or not the one that was signed.
@@ -107,151 +120,65 @@ def rebuild(
     selftest()
     trust = open_run(public, run)
     check_numerics(trust.config)
-    manifests = _read_history(public, trust)
-    _check_history(manifests, trust)
+    manifests = read_history(public, trust)
+    check_history(manifests, trust)
     if not 0 <= start < len(manifests):
         raise UsageError(f"There is no checkpoint {start} to begin from; the newest one is {len(manifests) - 1}.")
-    _require_deltas(public, manifests[start + 1 :])
+    member = None if without is None else _member(without, trust.run, manifests, start)
+    _require_deltas(public, manifests[start + 1 :], member)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DirectoryNotEmpty(f"{out} is not empty; nothing was overwritten.")
     out.mkdir(parents=True, exist_ok=True)
     state = _genesis(public, manifests[0], trust.config) if start == 0 else _published(public, manifests[start])
+    weights_sha256 = _weights_sha256(manifests[start])
+    rounds = _Rounds(public=public, out=out, config=trust.config, without=member)
+    merged = 0
     for before, manifest in itertools.pairwise(manifests[start:]):
         check_log(public, before, manifest)
-        state = _rebuild_round(public, out, manifest, state, trust.config)
+        rebuilt, state = rounds.merge(manifest, state, last=manifests[-1].checkpoint)
+        merged, weights_sha256 = merged + rebuilt.deltas, rebuilt.weights_sha256
         shutil.rmtree(_workplace(out, manifest.checkpoint - 1), ignore_errors=True)
         if on_round is not None:
-            on_round(_rebuilt(manifest, last=manifests[-1].checkpoint))
+            on_round(rebuilt)
     _finish(out, manifests[-1], state, trust.config)
     return RebuildReport(
         run=trust.run,
         checkpoint=manifests[-1].checkpoint,
-        deltas=sum(len(manifest.merged) for manifest in manifests[start + 1 :]),
-        weights_sha256=_weights_sha256(manifests[-1]),
+        deltas=merged,
+        weights_sha256=weights_sha256,
         directory=out,
+        without=member,
+        left_out=sum(len(manifest.merged) for manifest in manifests[start + 1 :]) - merged,
     )
 
 
-def _rebuilt(manifest: Manifest, *, last: int) -> RebuiltRound:
-    return RebuiltRound(
-        checkpoint=manifest.checkpoint,
-        last=last,
-        deltas=len(manifest.merged),
-        weights_sha256=_weights_sha256(manifest),
-    )
-
-
-def check_log(public: Path, before: Manifest, manifest: Manifest) -> None:
-    """Check that the log entries between two checkpoints lead from the one signed head to the other, if they are there.
-
-    Raises:
-        RebuildDiffers: the entries do not follow from each other, or do not end at the signed head.
-        CheckpointCorrupt: the log file can't be read.
-    """
-    path = public / layout.log_path(manifest.checkpoint)
-    if not path.exists():
-        return  # a mirror of the deltas and manifests alone: the bytes can be derived without the log
-    raw = read_limited(path)
-    position, head = before.log_position, bytes.fromhex(before.log_head)
-    try:
-        for entry in read_log(raw, position=position, head=head):
-            position, head = entry.position, entry.head
-    except PayloadInvalid as error:
-        raise RebuildDiffers(f"The log of checkpoint {manifest.checkpoint} does not hold: {error.message}") from None
-    if (position, head.hex()) != (manifest.log_position, manifest.log_head):
-        raise RebuildDiffers(
-            f"The log of checkpoint {manifest.checkpoint} ends at entry {position}; its manifest signs another end."
-        )
-
-
-def _read_history(public: Path, trust: RunTrust) -> Sequence[Manifest]:
-    """Return the manifests of checkpoints 0 to the newest, each verified and chained to the one before."""
-    latest = public / layout.LATEST
-    last = trust.manifest(read_limited(latest)).checkpoint if latest.exists() else _count(public) - 1
-    manifests: list[Manifest] = []
-    previous: Digest | None = None
-    for number in range(last + 1):
-        raw = read_limited(public / layout.checkpoint_directory(number) / layout.MANIFEST)
-        manifest = trust.manifest(raw)
-        if manifest.checkpoint != number:
-            raise RebuildDiffers(f"In the place of checkpoint {number} lies the manifest of {manifest.checkpoint}.")
-        if manifest.previous_manifest_sha256 != previous:
-            raise RebuildDiffers(f"The manifest of checkpoint {number} does not follow on the one before it.")
-        previous = _digest(raw, trust)
-        manifests.append(manifest)
-    if not manifests:
-        raise CheckpointCorrupt(f"{public} holds no checkpoint.")
-    if latest.exists() and _digest(read_limited(latest), trust) != previous:
-        # Stops a coordinator from showing two histories.
-        raise RebuildDiffers(f"{layout.LATEST} and checkpoint {last} are two different manifests of one checkpoint.")
-    return manifests
-
-
-def _digest(raw: bytes, trust: RunTrust) -> Digest:
-    return envelope_digest(Manifest, raw, trust.coordinator, max_bytes=MAX_PUBLIC_DOCUMENT_BYTES)
-
-
-def _count(public: Path) -> int:
-    number = 0
-    while (public / layout.checkpoint_directory(number) / layout.MANIFEST).exists():
-        number += 1
-    return number
-
-
-def _check_history(manifests: Sequence[Manifest], trust: RunTrust) -> None:
-    """Check what was merged into what, without touching a delta."""
-
-    @cache
-    def units_of(number: int) -> frozenset[str]:
-        return frozenset(unit_id(trust.config_sha256, number, index) for index in range(trust.config.rounds.units))
-
-    seen: set[str] = set()
-    for manifest in manifests:
-        number = manifest.checkpoint
-        if bool(manifest.merged) != bool(number):
-            raise RebuildDiffers(f"Checkpoint {number} merged {len(manifest.merged)} deltas.")
-        if manifest.outer != trust.config.outer:
-            raise RebuildDiffers(f"Checkpoint {number} was made with another outer step than the run config's.")
-        for entry in manifest.merged:
-            _check_entry(entry, number, units_of, trust.config)
-            if entry.unit in seen or entry.claim in seen:
-                raise RebuildDiffers(f"Checkpoint {number} merged unit {entry.unit[:12]} a second time.")
-            seen |= {entry.unit, entry.claim}
-        _check_weights(manifest, trust.config)
-
-
-def _check_entry(entry: MergeEntry, number: int, units_of: Callable[[int], frozenset[str]], config: RunConfig) -> None:
-    if entry.round > number or entry.unit not in units_of(entry.round):
-        raise RebuildDiffers(f"Checkpoint {number} merged {entry.unit[:12]}, which is no unit of round {entry.round}.")
-    if entry.samples != unit_samples(config):
-        raise RebuildDiffers(
-            f"Checkpoint {number} counts {entry.samples} samples for unit {entry.unit[:12]}; every unit of the run has "
-            f"{unit_samples(config)}."
-        )
-
-
-def _check_weights(manifest: Manifest, config: RunConfig) -> None:
-    if not manifest.merged:
-        return
-    candidates = [
-        Candidate(claim=Digest(entry.claim), round=entry.round, samples=entry.samples) for entry in manifest.merged
-    ]
-    try:
-        weights = merge_weights(candidates, merging_round=manifest.checkpoint, rules=config.rounds)
-    except (RoundTooOld, ValueError) as error:
-        raise RebuildDiffers(f"Checkpoint {manifest.checkpoint} merged what the rules exclude: {error}") from None
-    for entry, weight in zip(manifest.merged, weights, strict=True):
-        if entry.weight != weight:
-            raise RebuildDiffers(
-                f"Checkpoint {manifest.checkpoint} gave claim {entry.claim[:12]} the weight {entry.weight}; the rules "
-                f"give it {weight}."
+def _member(text: str, run: RunId, manifests: Sequence[Manifest], start: int) -> Digest:
+    """Return the pseudonym that a pseudonym, a key id or a public key stands for; raise `UsageError`."""
+    text = text.strip().lower()
+    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
+        raise UsageError("A member is named by 64 hex digits: its pseudonym, its owner key's id or its public key.")
+    names = (Digest(text), member_of(run, text), member_of(run, PublicKey.from_hex(text).key_id))
+    first = {entry.member: manifest.checkpoint for manifest in reversed(manifests) for entry in manifest.merged}
+    for name in names:
+        if name in first and first[name] <= start:
+            raise UsageError(
+                f"This member is part of checkpoint {first[name]} already; to leave it out, begin before that."
             )
+        if name in first:
+            return name
+    raise UsageError(f"Nobody known as {text[:12]} has anything in this run's merges.")
 
 
-def _require_deltas(public: Path, manifests: Sequence[Manifest]) -> None:
+def _entries(manifest: Manifest, without: Digest | None) -> list[MergeEntry | UnmergeEntry]:
+    """Return every delta that a round needs: what it merges and what it takes out."""
+    entries: list[MergeEntry | UnmergeEntry] = [*manifest.merged, *manifest.unmerged]
+    return [entry for entry in entries if entry.member != without]
+
+
+def _require_deltas(public: Path, manifests: Sequence[Manifest], without: Digest | None) -> None:
     """Look for every delta before hours are spent on merging."""
     for manifest in manifests:
-        for entry in manifest.merged:
+        for entry in _entries(manifest, without):
             if not (public / layout.delta_path(entry.blob_sha256)).is_file():
                 raise DeltasPruned(
                     f"{layout.delta_path(entry.blob_sha256)} of checkpoint {manifest.checkpoint} is not there: it was "
@@ -262,7 +189,7 @@ def _require_deltas(public: Path, manifests: Sequence[Manifest]) -> None:
 def _reach(public: Path, manifests: Sequence[Manifest]) -> int:
     """Return the oldest checkpoint from which every later delta is there."""
     for manifest in reversed(manifests):
-        if not all((public / layout.delta_path(entry.blob_sha256)).is_file() for entry in manifest.merged):
+        if not all((public / layout.delta_path(entry.blob_sha256)).is_file() for entry in _entries(manifest, None)):
             return manifest.checkpoint
     return 0
 
@@ -293,19 +220,124 @@ def _published(public: Path, manifest: Manifest) -> _State:
     return _State(weights=paths[layout.ROLE_WEIGHTS], momentum=paths[layout.ROLE_MOMENTUM])
 
 
-def _rebuild_round(public: Path, out: Path, manifest: Manifest, state: _State, config: RunConfig) -> _State:
-    place = _workplace(out, manifest.checkpoint)
-    place.mkdir(parents=True)
-    made = _State(weights=place / "weights.safetensors", momentum=place / "momentum.safetensors")
-    assert made.momentum is not None
-    result = merge_round(
-        state.weights,
-        state.momentum,
-        [_merge_input(public, entry, config) for entry in manifest.merged],
-        outer_config(config),
-        made.weights,
-        made.momentum,
+class _Rounds:
+    """Merges the rounds of a run one after another, and remembers with which weights."""
+
+    def __init__(self, *, public: Path, out: Path, config: RunConfig, without: Digest | None) -> None:
+        self._public = public
+        self._out = out
+        self._config = config
+        self._without = without
+        self._weights: dict[str, int] = {}
+        """Of each claim merged here: what is taken out of a what-if was merged with another weight than in the run."""
+
+    def merge(self, manifest: Manifest, state: _State, *, last: int) -> tuple[RebuiltRound, _State]:
+        """Merge one round into `state`; compare it with its manifest unless a member is left out."""
+        place = _workplace(self._out, manifest.checkpoint)
+        place.mkdir(parents=True)
+        made = _State(weights=place / "weights.safetensors", momentum=place / "momentum.safetensors")
+        assert made.momentum is not None
+        entries = [entry for entry in manifest.merged if entry.member != self._without]
+        containers = {entry.claim: self._container(entry) for entry in _entries(manifest, self._without)}
+        weights = self._weigh(manifest, entries, containers)
+        result = merge_round(
+            state.weights,
+            state.momentum,
+            [
+                MergeInput(claim_digest=bytes.fromhex(claim), container=containers[claim], weight=weight)
+                for claim, weight in weights.items()
+            ],
+            outer_config(self._config),
+            made.weights,
+            made.momentum,
+            unmerge=self._removals(manifest, containers),
+            schema=delta_schema(self._config),
+        )
+        if self._without is None:
+            _compare(manifest, result)
+        rebuilt = RebuiltRound(
+            checkpoint=manifest.checkpoint,
+            last=last,
+            deltas=len(entries),
+            weights_sha256=Digest(result.weights.sha256.hex()),
+        )
+        return rebuilt, made
+
+    def _weigh(
+        self, manifest: Manifest, entries: Sequence[MergeEntry], containers: Mapping[str, Container]
+    ) -> Mapping[str, int]:
+        """Return the weight of each claim by the rules; check them against the manifest unless a member is left out."""
+        try:
+            weights = _weights(manifest, entries, containers, self._config)
+        except (RoundTooOld, ValueError) as error:
+            if self._without is None:
+                raise RebuildDiffers(
+                    f"Checkpoint {manifest.checkpoint} merged what the rules exclude: {error}"
+                ) from None
+            weights = (0,) * len(entries)  # nobody is left, or nobody who has any weight alone
+        if self._without is None:
+            _compare_weights(manifest, weights)
+        found = {entry.claim: weight for entry, weight in zip(entries, weights, strict=True)}
+        self._weights.update(found)
+        return found
+
+    def _removals(self, manifest: Manifest, containers: Mapping[str, Container]) -> list[UnmergeInput]:
+        return [
+            UnmergeInput(
+                container=containers[entry.claim],
+                weight=self._weights.get(entry.claim, entry.weight),
+                rounds_ago=manifest.checkpoint - 1 - entry.checkpoint,
+            )
+            for entry in manifest.unmerged
+            if entry.member != self._without
+        ]
+
+    def _container(self, entry: MergeEntry | UnmergeEntry) -> Container:
+        """Admit a delta as if it had just been uploaded, and open it."""
+        path = self._public / layout.delta_path(entry.blob_sha256)
+        artifact = Artifact(
+            role=layout.ROLE_DELTA,
+            content_sha256=entry.content_sha256,
+            blob_sha256=entry.blob_sha256,
+            size=entry.size,
+        )
+        schema, codec = delta_schema(self._config), codec_config(self._config)
+        try:
+            admit_delta(path, config=self._config, unit=entry.unit, artifact=artifact)
+            return Container.open(path, schema, codec, bytes.fromhex(entry.unit))
+        except BytesRefused as refusal:
+            raise type(refusal)(f"{path}: {refusal.message}") from None
+
+
+def _weights(
+    manifest: Manifest, entries: Sequence[MergeEntry], containers: Mapping[str, Container], config: RunConfig
+) -> tuple[int, ...]:
+    if entries and not any(entry.influence for entry in entries):
+        return (0,) * len(entries)  # nobody's record counts for anything yet: the round merges, and moves, nothing
+    if manifest.weigh_seed is None:
+        weighings = None
+    else:
+        seed = bytes.fromhex(manifest.weigh_seed)
+        weighings = [weigh_delta(containers[entry.claim], seed) for entry in entries]
+    return merge_weights(
+        [Candidate.of(entry) for entry in entries],
+        rules=config.rounds,
+        verification=config.verification,
+        sketches=None if weighings is None else [weighing.sketch for weighing in weighings],
+        norms2=None if weighings is None else [weighing.norm2 for weighing in weighings],
     )
+
+
+def _compare_weights(manifest: Manifest, weights: Sequence[int]) -> None:
+    for entry, weight in zip(manifest.merged, weights, strict=True):
+        if entry.weight != weight:
+            raise RebuildDiffers(
+                f"Checkpoint {manifest.checkpoint} gave claim {entry.claim[:12]} the weight {entry.weight}; the rules "
+                f"give it {weight}."
+            )
+
+
+def _compare(manifest: Manifest, result: MergeResult) -> None:
     momentum = manifest.state_file(layout.ROLE_MOMENTUM)
     for name, published, rebuilt in (
         ("weights", _weights_sha256(manifest), result.weights.sha256.hex()),
@@ -316,23 +348,6 @@ def _rebuild_round(public: Path, out: Path, manifest: Manifest, state: _State, c
                 f"Checkpoint {manifest.checkpoint} does not follow from its deltas: its {name} should have the SHA-256 "
                 f"{rebuilt[:12]}, but {published[:12]} was published."
             )
-    return made
-
-
-def _merge_input(public: Path, entry: MergeEntry, config: RunConfig) -> MergeInput:
-    path = public / layout.delta_path(entry.blob_sha256)
-    artifact = Artifact(
-        role=layout.ROLE_DELTA,
-        content_sha256=entry.content_sha256,
-        blob_sha256=entry.blob_sha256,
-        size=entry.size,
-    )
-    try:
-        admit_delta(path, config=config, unit=entry.unit, artifact=artifact)
-        container = Container.open(path, delta_schema(config), codec_config(config), bytes.fromhex(entry.unit))
-    except BytesRefused as refusal:
-        raise type(refusal)(f"{path}: {refusal.message}") from None
-    return MergeInput(claim_digest=bytes.fromhex(entry.claim), container=container, weight=entry.weight)
 
 
 def _finish(out: Path, manifest: Manifest, state: _State, config: RunConfig) -> None:

@@ -29,7 +29,7 @@ from protocol.errors import (
 from protocol.join import JoinString
 from protocol.limits import SECOND_MS
 from protocol.service import SESSION_METADATA, error_of, stub
-from worker.identity import Identity
+from worker.identity import Papers
 from worker.link import CALL_SECONDS, Link, open_link
 
 RENEW_BEFORE_MS: Final = 30 * SECOND_MS
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Introduction:
-    """What a device says of itself when it opens a session."""
+    """What a device or an auditor says of itself when it opens a session."""
 
     numerics: int
     trainer_version: str
@@ -51,9 +51,9 @@ class Introduction:
 class Caller:
     """Makes calls to a run's coordinator. For one event loop; calls may run side by side."""
 
-    def __init__(self, join: JoinString, identity: Identity, *, wall_ms: Callable[[], int]) -> None:
+    def __init__(self, join: JoinString, papers: Papers, *, wall_ms: Callable[[], int]) -> None:
         self.join = join
-        self._identity = identity
+        self._papers = papers
         self._wall_ms = wall_ms
         self._introduction: Introduction | None = None
         self._link: Link | None = None
@@ -162,7 +162,7 @@ class Caller:
             terms_sha256=link.trust.config.terms_sha256,
         )
         request = calls.OpenSessionRequest(
-            proof_envelope=sign(proof, self._identity.device), delegation_envelope=self._identity.delegation_envelope
+            proof_envelope=sign(proof, self._papers.key), delegation_envelope=self._papers.delegation_envelope
         )
         reply: calls.OpenSessionReply = await self._ask(link, "OpenSession", request)
         return reply

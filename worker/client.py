@@ -147,6 +147,15 @@ class CoordinatorClient(Caller):
 
         return await self._in_session(ask)
 
+    async def appeal(self, claim: Digest) -> None:
+        """Ask for a second referee on a rejected claim.
+
+        Raises:
+            AppealRefused, ClaimUnknown: there is nothing to appeal against.
+        """
+        request = calls.AppealRequest(claim=bytes.fromhex(claim))
+        await self._in_session(lambda link, metadata: self._ask(link, "Appeal", request, metadata))
+
     def _check_bytes_receipt(self, link: Link, envelope: bytes, claim: Digest, artifacts: tuple[Artifact, ...]) -> None:
         if not envelope:
             return

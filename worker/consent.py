@@ -18,6 +18,12 @@ Ask = Callable[[str], bool | None]
 
 WIDEST_TEXT: Final = 100
 """Characters in a line of the terms, however wide the terminal is."""
+_CHECKING: Final = {
+    "none": "Nobody trains a unit again in this run to check its result.",
+    "replay": "Some of your units are trained again by others to check them. If a result is found to be wrong, the key "
+    "of its owner is excluded from this run; you can appeal.",
+}
+"""What a run's way of verifying means to a volunteer."""
 _OWN_LINE: Final = re.compile(r"\s|[-*#>]|\d+[.)]\s")
 """How a line begins that is no continuation of the one before: indented, an item of a list, a heading."""
 
@@ -29,8 +35,8 @@ def terms_text(config: RunConfig) -> str:
     return (
         f'Terms of the run "{name}":\n\n{printable_text(config.terms.strip())}\n\n'
         f"- The trained weights are published under: {licence}\n"
-        f"- They are trained on: {printable(data.name)} ({printable(data.licence)}), from {printable(data.source)}"
-        + ("\n- Nobody trains a unit again in this run to check its result." if config.verification == "none" else "")
+        f"- They are trained on: {printable(data.name)} ({printable(data.licence)}), from {printable(data.source)}\n"
+        f"- {_CHECKING[config.verification.mode]}"
     )
 
 

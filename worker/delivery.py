@@ -13,7 +13,7 @@ from functools import partial
 from typing import Final
 
 from protocol.calls import Instruction
-from protocol.documents import Artifact, ClaimReceipt, Digest, LeaseId, RunConfig, parse_payload
+from protocol.documents import Artifact, ClaimReceipt, Digest, LeaseId, RunConfig, Verdict, parse_payload
 from protocol.envelope import parse_envelope
 from protocol.errors import (
     AccessRefused,
@@ -39,11 +39,13 @@ from worker.lifecycle import (
     SpoolState,
     UploadExcused,
     UploadWanted,
+    VerdictAccepts,
+    VerdictRejects,
 )
 from worker.patience import Patience
-from worker.progress import STEP_EVENTS_EVERY_SECONDS, Claimed, Refused, Sending, Uploaded
+from worker.progress import STEP_EVENTS_EVERY_SECONDS, Claimed, Refused, Sending, Uploaded, VerdictCame
 from worker.reporters import Reporter
-from worker.spool import BYTES_RECEIPT, CLAIM_RECEIPT, Spool, SpoolEntry
+from worker.spool import BYTES_RECEIPT, CLAIM_RECEIPT, VERDICT, Spool, SpoolEntry
 from worker.stop import Stop
 from worker.threads import OneThread
 from worker.trainer import check_size, file_is, sketch_delta
@@ -117,6 +119,11 @@ class Delivery:
         """How many deltas this disk must keep."""
         return self.count(*HOLDS_DELTA)
 
+    @property
+    def unsent(self) -> int:
+        """How many of them are still on their way; the others are replicas, kept until their verdict."""
+        return self.count(*ON_THE_WAY)
+
     def awaiting_verdict(self) -> tuple[SpoolEntry, ...]:
         """Return the units for which only the verdict is missing."""
         return tuple(
@@ -125,9 +132,24 @@ class Delivery:
             if entry.state in AWAITS_VERDICT and claim not in self._active
         )
 
-    def remove(self, claim: Digest) -> None:
-        """Forget a unit that is settled."""
-        self._entries.pop(claim, None)
+    async def settle(self, entry: SpoolEntry, raw: bytes, verdict: Verdict) -> SpoolEntry:
+        """Store a unit's verdict, first or later, tell it, and forget the unit."""
+        event = VerdictAccepts() if verdict.outcome == "accepted" else VerdictRejects()
+        entry = await self._disk.run_to_the_end(partial(self._spool.record, entry, event, (VERDICT, raw)))
+        self._entries.pop(entry.unit.claim, None)
+        self._notify()
+        self._reporter.report(
+            VerdictCame(
+                claim=verdict.claim,
+                unit=verdict.unit,
+                outcome=verdict.outcome,
+                code=verdict.code,
+                sentence=verdict.sentence,
+                weight=verdict.weight,
+                checkpoint=verdict.checkpoint,
+            )
+        )
+        return entry
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for something to become true of the units, or for a request to stop."""
@@ -282,8 +304,10 @@ class Delivery:
         return isinstance(refusal, (ClaimUnknown, StepOutOfOrder, UploadOffsetWrong))
 
     async def _refused(self, entry: SpoolEntry, refusal: Refusal) -> SpoolEntry:
+        if (judged := await self._judged(entry)) is not None:
+            return await self.settle(entry, *judged)
         entry = await self._record(entry, RefusedForGood(code=refusal.code, sentence=refusal.message))
-        self.remove(entry.unit.claim)
+        self._entries.pop(entry.unit.claim, None)
         self._reporter.report(
             Refused(claim=entry.unit.claim, unit=entry.claim.unit, code=refusal.code, sentence=refusal.message)
         )
@@ -291,6 +315,18 @@ class Delivery:
         with suppress(TryLater, WorkRefused):
             await self._client.hand_back(entry.unit.lease)
         return entry
+
+    async def _judged(self, entry: SpoolEntry) -> tuple[bytes, Verdict] | None:
+        """Return the verdict on a unit that was judged before its bytes came: it says more than a refusal."""
+        if entry.state is SpoolState.TRAINED:
+            return None
+        try:
+            found = await self._client.verdicts((entry.unit.claim,))
+        except AccessRefused:
+            raise
+        except Refusal:
+            return None
+        return found[0] if found else None
 
     async def _record(self, entry: SpoolEntry, event: Event, *documents: tuple[str, bytes]) -> SpoolEntry:
         stored = await self._disk.run_to_the_end(partial(self._spool.record, entry, event, *documents))

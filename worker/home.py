@@ -3,6 +3,7 @@
 HOME/lock               held while a worker runs
 HOME/keys/              owner and device keys (0700), made on first start
 HOME/consent/RUN.json   which terms were accepted
+HOME/joins/RUN          the join string that last led to a run
 HOME/spool/RUN/         finished units on their way to the coordinator
 HOME/cache/             public files by digest; can be deleted at any time
 """
@@ -10,12 +11,13 @@ HOME/cache/             public files by digest; can be deleted at any time
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from protocol.documents import RunId
-from protocol.errors import DirectoryInUse
-from worker.durable import disk_named
+from protocol.errors import DirectoryInUse, JoinStringInvalid
+from protocol.join import JoinString
+from worker.durable import disk_named, write_durably
 
 
 class WorkerHome:
@@ -39,6 +41,23 @@ class WorkerHome:
     def consent(self, run: RunId) -> Path:
         """File that says which terms of a run were accepted."""
         return self.root / "consent" / f"{run}.json"
+
+    def remember_join(self, join: JoinString) -> None:
+        """Keep the join string of a run that answered, so that its owner need not look it up again."""
+        path = self.root / "joins" / join.run
+        with disk_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not path.exists() or path.read_text(encoding="utf-8") != str(join):
+                write_durably(path, str(join).encode("utf-8"))
+
+    def joins(self) -> dict[RunId, JoinString]:
+        """Return the join strings that were kept, by run; damaged ones are left out."""
+        found: dict[RunId, JoinString] = {}
+        for path in sorted((self.root / "joins").glob("*")):
+            with suppress(OSError, UnicodeDecodeError, JoinStringInvalid):
+                join = JoinString.parse(path.read_text(encoding="utf-8"))
+                found[join.run] = join
+        return found
 
     def spool(self, run: RunId) -> Path:
         """Directory of a run's finished units."""

@@ -26,12 +26,25 @@ owner-revocation.json  your signed word that owner.pem is void. If it is ever st
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Papers:
+    """What a session is opened with: the key that signs it, and the signed word of the key above that lets it act."""
+
+    key: PrivateKey
+    delegation_envelope: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """The keys, and the owner's signed word that the device acts for the owner."""
 
     owner: PrivateKey
     device: PrivateKey
     delegation_envelope: bytes
+
+    @property
+    def papers(self) -> Papers:
+        """What the device opens its sessions with."""
+        return Papers(key=self.device, delegation_envelope=self.delegation_envelope)
 
 
 def load_or_make_identity(directory: Path) -> Identity:

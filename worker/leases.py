@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from protocol.assignment import unit_id, unit_seed, unit_shards
-from protocol.documents import Digest, Lease, Manifest, RunConfig
+from protocol.documents import Digest, FileEntry, Lease, Manifest, RunConfig
 from protocol.errors import AnswerInvalid
 from protocol.keys import KeyId
 from protocol.layout import ROLE_DELTA, ROLE_WEIGHTS
@@ -44,11 +44,19 @@ def check_grant(grant: Grant, config: RunConfig, config_sha256: Digest, device: 
         raise AnswerInvalid("The lease does not let a delta be uploaded.")
 
 
-def check_base(lease: Lease, manifest: Manifest) -> None:
-    """Raise `AnswerInvalid` unless the manifest is that of the unit's base checkpoint and names the same weights."""
-    if manifest.checkpoint != lease.round - 1:
-        raise AnswerInvalid(f"The manifest is of checkpoint {manifest.checkpoint}, not {lease.round - 1}.")
+def check_base(manifest: Manifest, round_number: int, base_sha256: str | None) -> FileEntry:
+    """Return the weights that a round starts from, as the manifest of the checkpoint before it names them.
+
+    Args:
+        base_sha256: the weights that a lease names; None where nobody else names any.
+
+    Raises:
+        AnswerInvalid: the manifest is another checkpoint's, or names other weights.
+    """
+    if manifest.checkpoint != round_number - 1:
+        raise AnswerInvalid(f"The manifest is of checkpoint {manifest.checkpoint}, not {round_number - 1}.")
     weights = manifest.state_file(ROLE_WEIGHTS)
-    if weights is None or weights.sha256 != lease.base_sha256:
+    if weights is None or base_sha256 not in (None, weights.sha256):
         # Stops a coordinator from training volunteers from weights that it did not publish.
         raise AnswerInvalid(f"The lease's base is not the published weights of checkpoint {manifest.checkpoint}.")
+    return weights

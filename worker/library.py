@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.documents import Digest, Lease, Manifest, RunConfig
+from protocol.assignment import unit_shards
+from protocol.documents import Digest, Lease, Manifest, RunConfig, ShardRef
 from protocol.errors import AnswerInvalid, CheckpointCorrupt, Refusal, ShardCorrupt
-from protocol.layout import MANIFEST, ROLE_WEIGHTS, checkpoint_directory, shard_path
+from protocol.layout import MANIFEST, checkpoint_directory, shard_path
 from protocol.limits import MAX_CHECKPOINT_BYTES, MAX_PUBLIC_DOCUMENT_BYTES, MAX_SHARD_BYTES
 from protocol.trust import RunTrust
 from worker.cache import FileCache, Wanted
@@ -18,11 +19,54 @@ from worker.web import PublicSite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a unit is trained from: the checkpoint before its round, and shards by their SHA-256, in order.
+
+    `base_sha256`: the weights that its lease names; None where there is no lease.
+    """
+
+    round: int
+    shards: tuple[str, ...]
+    base_sha256: str | None = None
+
+    @classmethod
+    def of_lease(cls, lease: Lease) -> "Needs":
+        """Return what a leased unit needs."""
+        return cls(round=lease.round, shards=lease.shards, base_sha256=lease.base_sha256)
+
+    @classmethod
+    def of_unit(cls, config: RunConfig, round_number: int, index: int) -> "Needs":
+        """Return what a unit needs by the run's public rule alone."""
+        return cls(round=round_number, shards=unit_shards(config, round_number, index))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Materials:
-    """Files on this disk: the weights to start from, and the shards in the lease's order."""
+    """Files on this disk: the weights to start from, and the shards in the unit's order."""
 
     base: Path
     shards: tuple[Path, ...]
+
+
+def wanted_weights(manifest: Manifest, needs: Needs) -> Wanted:
+    """Return the weights that a unit starts from, from the signed manifest of the checkpoint before its round.
+
+    Raises:
+        AnswerInvalid: the manifest is another checkpoint's, or names other weights than the unit's lease.
+        CheckpointCorrupt: the signed size is beyond any limit.
+    """
+    weights = check_base(manifest, needs.round, needs.base_sha256)
+    if weights.size > MAX_CHECKPOINT_BYTES:
+        raise CheckpointCorrupt(f"The checkpoint says that it has {weights.size:,} bytes; that is beyond any limit.")
+    path = f"{checkpoint_directory(manifest.checkpoint)}/{weights.path}"
+    return Wanted(path=path, sha256=Digest(weights.sha256), size=weights.size)
+
+
+def wanted_shard(shard: ShardRef) -> Wanted:
+    """Return a shard of the run's config as a public file; raise `ShardCorrupt` if its size is beyond any limit."""
+    if shard.size > MAX_SHARD_BYTES:
+        raise ShardCorrupt(f"A shard of the run says that it has {shard.size:,} bytes; that is beyond any limit.")
+    return Wanted(path=shard_path(shard.sha256), sha256=Digest(shard.sha256), size=shard.size)
 
 
 class Library:
@@ -53,46 +97,33 @@ class Library:
         self._manifest: Manifest | None = None
         self.received_bytes = 0
 
-    def fetch(self, public_url: str, trust: RunTrust, lease: Lease) -> Materials:
+    def fetch(self, public_url: str, trust: RunTrust, needs: Needs) -> Materials:
         """Return a unit's files; what is missing is fetched. All sizes are known from signed documents beforehand.
 
         Raises:
-            AnswerInvalid: the lease's base is not what the run published.
+            AnswerInvalid: the base is not what the run published.
             CacheTooSmall: the owner's cap does not allow the unit's files; nothing was fetched.
             CheckpointCorrupt, ShardCorrupt: a signed size is beyond any limit.
             EndpointUntrusted: see `PublicSite`.
             DigestMismatch, Unreachable, ServerBusy, UnitAbandoned, DiskFull: see `FileCache.fetch`.
         """
         site = PublicSite(public_url, allow_private=self._allow_private, break_off=self._break_off)
-        base = self._base(site, trust, lease)
-        wanted = (base, *(self._shard(sha256) for sha256 in lease.shards))
+        base = wanted_weights(self._published(site, trust, needs.round), needs)
+        wanted = (base, *(wanted_shard(self._shards[sha256]) for sha256 in needs.shards))
         self._cache.check_fits(wanted)
         keep = frozenset(file.sha256 for file in wanted)
         paths = [self._fetch(site, file, keep) for file in wanted]
         return Materials(base=paths[0], shards=tuple(paths[1:]))
 
-    def _base(self, site: PublicSite, trust: RunTrust, lease: Lease) -> Wanted:
-        directory = checkpoint_directory(lease.round - 1)
-        if self._manifest is None or self._manifest.checkpoint != lease.round - 1:
+    def _published(self, site: PublicSite, trust: RunTrust, round_number: int) -> Manifest:
+        directory = checkpoint_directory(round_number - 1)
+        if self._manifest is None or self._manifest.checkpoint != round_number - 1:
             raw = site.document(f"{directory}/{MANIFEST}", MAX_PUBLIC_DOCUMENT_BYTES)
             try:
                 self._manifest = trust.manifest(raw)
             except Refusal as refusal:
                 raise AnswerInvalid(f"The manifest in {directory} does not hold: {refusal.message}") from None
-        check_base(lease, self._manifest)
-        weights = self._manifest.state_file(ROLE_WEIGHTS)
-        assert weights is not None  # check_base looked
-        if weights.size > MAX_CHECKPOINT_BYTES:
-            raise CheckpointCorrupt(
-                f"The checkpoint says that it has {weights.size:,} bytes; that is beyond any limit."
-            )
-        return Wanted(path=f"{directory}/{weights.path}", sha256=Digest(weights.sha256), size=weights.size)
-
-    def _shard(self, sha256: str) -> Wanted:
-        shard = self._shards[sha256]  # the lease's shards follow from the config: leases.check_grant
-        if shard.size > MAX_SHARD_BYTES:
-            raise ShardCorrupt(f"A shard of the run says that it has {shard.size:,} bytes; that is beyond any limit.")
-        return Wanted(path=shard_path(sha256), sha256=Digest(sha256), size=shard.size)
+        return self._manifest
 
     def _fetch(self, site: PublicSite, wanted: Wanted, keep: frozenset[Digest]) -> Path:
         before, started = self.received_bytes, time.monotonic()

@@ -22,13 +22,13 @@ from protocol.errors import (
     TryLater,
     UnitAbandoned,
 )
-from protocol.keys import PrivateKey
 from protocol.limits import LEASE_WAIT_MS
 from worker.client import CoordinatorClient, NoWork
 from worker.delivery import Delivery
 from worker.leases import Grant, check_grant
-from worker.library import Library, Materials
+from worker.library import Library, Materials, Needs
 from worker.lifecycle import SpoolState
+from worker.machine import Machine
 from worker.patience import Patience
 from worker.progress import FILES, HandedBack, Leased, Trained, Waiting
 from worker.reporters import Reporter
@@ -36,22 +36,15 @@ from worker.spool import Spool, SpoolEntry
 from worker.stepwatch import StepWatch
 from worker.stop import Stop
 from worker.threads import OneThread
-from worker.trainer import TrainedUnit, make_claim, train_unit, write_delta
+from worker.trainer import TrainedUnit, Trainer, make_claim, write_delta
 
 HAND_BACK_SECONDS: Final = 8.0
 FILES_SECONDS: Final = 30.0
 """How long a lease is held while nothing comes of the files that it needs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What trains here, and in whose name."""
-
-    device: str
-    threads: int
-    device_class: str
-    trainer_version: str
-    key: PrivateKey
+KEPT_UNITS: Final = 32
+"""Replicas that may be kept on the disk until their verdicts, before training waits too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +76,7 @@ class Producer:
         client: CoordinatorClient,
         config: RunConfig,
         machine: Machine,
+        train: Trainer,
         allowance: Allowance,
         library: Library,
         delivery: Delivery,
@@ -96,6 +90,7 @@ class Producer:
         self._client = client
         self._config = config
         self._machine = machine
+        self._train_unit = train
         self._allowance = allowance
         self._library = library
         self._delivery = delivery
@@ -126,14 +121,19 @@ class Producer:
 
     async def _room(self) -> None:
         # An unclaimed unit comes first: until its claim is known, the coordinator would lease the same unit again.
-        allowed = self._allowance.spooled
-        if self._delivery.holding >= allowed:
-            reason = (
-                f"{self._delivery.holding} finished units wait to be delivered; {allowed} may. Training goes on then."
-            )
+        allowed, delivery = self._allowance.spooled, self._delivery
+        if delivery.unsent >= allowed:
+            reason = f"{delivery.unsent} finished units wait to be delivered; {allowed} may. Training goes on then."
             self._reporter.report(Waiting(reason=reason, code="", seconds=0))
-        await self._delivery.wait_until(
-            lambda: self._delivery.holding < allowed and not self._delivery.count(SpoolState.TRAINED)
+        elif delivery.count(SpoolState.KEPT) >= KEPT_UNITS:
+            reason = f"{KEPT_UNITS} replicas are kept here until their verdicts come. Training goes on then."
+            self._reporter.report(Waiting(reason=reason, code="", seconds=0))
+        await delivery.wait_until(
+            lambda: (
+                delivery.unsent < allowed
+                and delivery.count(SpoolState.KEPT) < KEPT_UNITS
+                and not delivery.count(SpoolState.TRAINED)
+            )
         )
 
     # --- a lease -------------------------------------------------------------------------------------------------
@@ -243,6 +243,8 @@ class Producer:
                     return None
                 await self._fetching.after(error, part=FILES)
             except DiskFull as error:
+                if await self._disk.run(self._spool.free_one):
+                    continue
                 if time.monotonic() > ends:
                     await self.give_up(f"there was no room for its files before its lease ended: {error.message}")
                     return None
@@ -255,17 +257,18 @@ class Producer:
     async def _fetched(self, lease: Lease) -> Materials:
         link = await self._client.connect()
         try:
-            return await asyncio.to_thread(self._library.fetch, link.endpoint.public_url, link.trust, lease)
+            needs = Needs.of_lease(lease)
+            return await asyncio.to_thread(self._library.fetch, link.endpoint.public_url, link.trust, needs)
         except (TryLater, DigestMismatch):
             # The operator may have moved the files: the next try asks the coordinator anew where they are.
             await self._client.drop(link)
             raise
 
     async def _train(self, lease: Lease, materials: Materials) -> TrainedUnit:
-        on_step = StepWatch(lease, self._stop, self._reporter, asyncio.get_running_loop())
+        on_step = StepWatch(lease.unit, lease.round, self._stop, self._reporter, asyncio.get_running_loop())
         return await self._training.run(
             partial(
-                train_unit,
+                self._train_unit,
                 self._config,
                 lease,
                 materials.base,

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from protocol.printing import printable
+from worker.audit_progress import AuditDropped, AuditTaken, OpinionGiven
 from worker.progress import (
     FILES,
     Downloaded,
@@ -137,7 +138,9 @@ class TerminalReporter:
             return
         if isinstance(event, Leased):
             self._start_bar(f"round {event.round} unit {event.index}")
-        elif isinstance(event, (Trained, HandedBack)):
+        elif isinstance(event, AuditTaken):
+            self._start_bar(f"audit: round {event.round} unit {event.index}")
+        elif isinstance(event, (Trained, HandedBack, OpinionGiven, AuditDropped)):
             self._drop_bar()
         elif isinstance(event, Waiting) and event.part == FILES:
             self._note(_WAITING, until=self._progress.get_time() + event.seconds)

@@ -1,23 +1,23 @@
 """The tasks of an admitted worker: prepare, produce, deliver, hear verdicts; and how they end together."""
 
 import asyncio
-import time
 from contextlib import suppress
 from typing import Final
 
 from protocol.documents import RunConfig
-from protocol.errors import CommonweightError, RunFinished
+from protocol.errors import CommonweightError, OwnerBanned, RunFinished
 from worker.client import CoordinatorClient
 from worker.delivery import Delivery
 from worker.library import Library
+from worker.machine import Machine
 from worker.patience import Patience
-from worker.producer import Allowance, Machine, Producer
-from worker.progress import Ready
+from worker.producer import Allowance, Producer
 from worker.reporters import Reporter
 from worker.spool import Spool
+from worker.station import make_ready
 from worker.stop import Stop
 from worker.threads import OneThread
-from worker.trainer import prepare
+from worker.trainer import Trainer
 from worker.verdicts import Verdicts
 
 FAREWELL_SECONDS: Final = 30.0
@@ -33,6 +33,7 @@ class Shift:
         client: CoordinatorClient,
         config: RunConfig,
         machine: Machine,
+        train: Trainer,
         allowance: Allowance,
         library: Library,
         spool: Spool,
@@ -56,11 +57,12 @@ class Shift:
             reporter=reporter,
             stop=stop,
         )
-        self._verdicts = Verdicts(client=client, delivery=self._delivery, spool=spool, disk=disk, reporter=reporter)
+        self._verdicts = Verdicts(client=client, delivery=self._delivery, spool=spool, disk=disk)
         self._producer = Producer(
             client=client,
             config=config,
             machine=machine,
+            train=train,
             allowance=allowance,
             library=library,
             delivery=self._delivery,
@@ -94,7 +96,12 @@ class Shift:
                 return await work
             return "Stopped at once, as asked."
         except BaseExceptionGroup as group:
-            raise _cause(group) from None
+            cause = _cause(group)
+            if isinstance(cause, OwnerBanned):
+                # Its owner should see which claim was refuted, and what became of an appeal.
+                with suppress(CommonweightError):
+                    await self._verdicts.last_round(patient=False)
+            raise cause from None
         finally:
             now.cancel()
             work.cancel()
@@ -110,22 +117,13 @@ class Shift:
             finished = ending.code == RunFinished.code
             await self._delivery.drained(FAREWELL_SECONDS if finished else None)
             polling.cancel()
+            await self._verdicts.see_kept_through(FAREWELL_SECONDS, self._stop)
         await self._verdicts.last_round(patient=finished)
         return ending.sentence
 
     async def _prepare(self) -> None:
-        started = time.monotonic()
-        report = await self._training.run(prepare, self._machine.device, self._machine.threads)
+        await make_ready(self._training, self._machine, self._reporter)
         self._torch_ready.set()
-        self._reporter.report(
-            Ready(
-                device=report.device,
-                threads=report.threads,
-                repeatable=report.bitwise_repeatable,
-                reason=report.reason,
-                seconds=time.monotonic() - started,
-            )
-        )
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

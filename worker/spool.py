@@ -2,7 +2,8 @@
 
     SPOOL/incoming/LEASE/    a delta that is being written; after a crash it is dropped and the unit is trained again
     SPOOL/pending/CLAIM/     state.json, lease.json, claim.json, delta.safetensors, and the receipts as they come
-    SPOOL/settled/CLAIM/     the same without the delta, with verdict.json: the volunteer's proof of what was done
+    SPOOL/settled/CLAIM/     the same with verdict.json: the volunteer's proof of what was done; the delta stays only if
+                             the verdict rejects it, until the time for an appeal is over
     SPOOL/refused/CLAIM/     the same, with code and sentence in state.json
 
 A document is on the disk before the state that needs it; every write is an atomic rename after fsync. A unit becomes
@@ -12,17 +13,27 @@ pending by one rename, when delta and signed claim are complete. All methods blo
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from protocol.canonical import canonical_json, parse_json
-from protocol.documents import Claim, Digest, LeaseId, parse_payload
+from protocol.documents import Claim, Digest, LeaseId, Verdict, parse_payload
 from protocol.envelope import parse_envelope
-from protocol.errors import LocalProblem, PayloadInvalid, Refusal
+from protocol.errors import DiskFull, LocalProblem, PayloadInvalid, Refusal
 from protocol.layout import ROLE_DELTA
+from protocol.limits import APPEAL_MS, GIB
 from worker.durable import disk_named, move_durably, sync_directory, write_durably
-from worker.lifecycle import Event, Instruction, SpooledUnit, SpoolState, advance, instructions_of
+from worker.lifecycle import (
+    SPARES_DELTA,
+    Event,
+    Instruction,
+    SpooledUnit,
+    SpoolState,
+    advance,
+    instructions_of,
+)
 
 FORMAT: Final = 1
 STATE: Final = "state.json"
@@ -31,8 +42,12 @@ CLAIM: Final = "claim.json"
 CLAIM_RECEIPT: Final = "claim-receipt.json"
 BYTES_RECEIPT: Final = "bytes-receipt.json"
 VERDICT: Final = "verdict.json"
-REFUSED_DELTAS_KEPT: Final = 4
-"""Refused deltas that stay on the disk for looking into; older ones keep their documents only."""
+APPEALED: Final = "appealed.json"
+"""Beside a rejecting verdict: that its owner appealed."""
+SPARE_DELTAS_KEPT: Final = 4
+"""Deltas that always stay on the disk for looking into, beside those that are the only copy."""
+SPARE_BYTES: Final = 2 * GIB
+"""What more of them may take; the oldest go first."""
 _AREAS: Final = ("incoming", "pending", "settled", "refused")
 
 
@@ -108,8 +123,22 @@ class Spool:
             sign_claim: looks at the written delta; returns the claim's digest and signed envelope.
 
         Raises:
-            DiskFull: nothing is left behind, and the same call can be made again.
+            DiskFull: nothing is left behind, though every spare delta was removed; the same call can be made again.
         """
+        while True:
+            try:
+                return self._add(lease, lease_envelope, write_delta, sign_claim)
+            except DiskFull:
+                if not self.free_one():
+                    raise
+
+    def _add(
+        self,
+        lease: LeaseId,
+        lease_envelope: bytes,
+        write_delta: Callable[[Path], None],
+        sign_claim: Callable[[Path], tuple[Digest, bytes]],
+    ) -> SpoolEntry:
         draft = self.root / "incoming" / lease
         try:
             with disk_named(draft):
@@ -137,6 +166,7 @@ class Spool:
             IllegalTransition: the event does not fit the state.
         """
         moved, instructions = advance(entry.unit, event)
+        self._keep_earlier_verdict(entry, documents)
         for name, content in documents:
             write_durably(entry.directory / name, content)
         write_durably(entry.directory / STATE, _state_bytes(moved))
@@ -144,6 +174,13 @@ class Spool:
             unit=moved, directory=entry.directory, claim=entry.claim, claim_envelope=entry.claim_envelope
         )
         return self._carry_out(stored, instructions)
+
+    def _keep_earlier_verdict(self, entry: SpoolEntry, documents: tuple[tuple[str, bytes], ...]) -> None:
+        """Keep a verdict that another one replaces, under a name that says its code: both are signed."""
+        earlier = entry.document(VERDICT)
+        if earlier is not None and dict(documents).get(VERDICT, earlier) != earlier:
+            code = parse_payload(Verdict, parse_envelope(earlier).payload).code  # verified before it was stored
+            write_durably(entry.directory / f"superseded-{code}.json", earlier)
 
     def _carry_out(self, entry: SpoolEntry, instructions: tuple[Instruction, ...]) -> SpoolEntry:
         directory = entry.directory
@@ -156,18 +193,62 @@ class Spool:
                     directory = self._move(directory, "settled")
                 case Instruction.SET_ASIDE:
                     directory = self._move(directory, "refused")
-                    self._thin_out_refused()
+                case Instruction.THIN_OUT:
+                    self._thin_out()
         return SpoolEntry(unit=entry.unit, directory=directory, claim=entry.claim, claim_envelope=entry.claim_envelope)
 
     def _move(self, directory: Path, area: str) -> Path:
         target = self.root / area / directory.name
-        move_durably(directory, target)
+        if directory != target:
+            move_durably(directory, target)
         return target
 
-    def _thin_out_refused(self) -> None:
-        deltas = sorted((self.root / "refused").glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        for path in deltas[:-REFUSED_DELTAS_KEPT]:
+    # --- deltas that are kept for their owner's sake -------------------------------------------------------------
+
+    def settled(self, most: int) -> tuple[SpoolEntry, ...]:
+        """Return the newest units that have a verdict, damaged ones left out: a later verdict may take its place."""
+        directories = sorted((self.root / "settled").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        found = []
+        for directory in directories[-most:]:
+            with suppress(LocalProblem):
+                found.append(self._load(directory))
+        return tuple(found)
+
+    def forget_old(self, now_ms: int) -> None:
+        """Remove the deltas of rejected units whose time for an appeal is over."""
+        for path in self._spare_deltas():
+            verdict = path.with_name(VERDICT)
+            if verdict.exists() and now_ms - verdict.stat().st_mtime_ns // 1_000_000 > APPEAL_MS:
+                path.unlink()
+
+    def free_one(self) -> bool:
+        """Remove the oldest delta that is not the only copy, to make room; return whether there was one."""
+        for path in self._spare_deltas()[:1]:
             path.unlink()
+            return True
+        return False
+
+    def _thin_out(self) -> None:
+        kept = 0
+        for number, path in enumerate(reversed(self._spare_deltas())):
+            kept += path.stat().st_size
+            if number >= SPARE_DELTAS_KEPT and kept > SPARE_BYTES:
+                path.unlink()
+
+    def _spare_deltas(self) -> list[Path]:
+        """Return the deltas that are not the only copy, oldest first; those of rejected units go last."""
+        found = []
+        for path in self.root.glob("*/*/*.safetensors"):
+            area = path.parent.parent.name
+            if area == "settled" or area == "refused" or (area == "pending" and self._is_spare(path.parent)):
+                found.append(path)
+        return sorted(found, key=lambda path: (path.parent.parent.name == "settled", path.stat().st_mtime_ns))
+
+    def _is_spare(self, directory: Path) -> bool:
+        try:
+            return _read_state((directory / STATE).read_bytes()).state in SPARES_DELTA
+        except (OSError, KeyError, TypeError, ValueError, Refusal):
+            return False  # damaged: a person may still save it
 
     def _load(self, directory: Path) -> SpoolEntry:
         try:

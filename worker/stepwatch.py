@@ -3,7 +3,6 @@
 import asyncio
 import time
 
-from protocol.documents import Lease
 from protocol.errors import UnitAbandoned
 from worker.progress import STEP_EVENTS_EVERY_SECONDS, Step
 from worker.reporters import Reporter
@@ -16,8 +15,11 @@ JUST_BEGUN = 4
 class StepWatch:
     """Called in the training thread after each step; raises `UnitAbandoned` to end the training."""
 
-    def __init__(self, lease: Lease, stop: Stop, reporter: Reporter, loop: asyncio.AbstractEventLoop) -> None:
-        self._lease = lease
+    def __init__(
+        self, unit: str, round_number: int, stop: Stop, reporter: Reporter, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._unit = unit
+        self._round = round_number
         self._stop = stop
         self._reporter = reporter
         self._loop = loop
@@ -30,7 +32,7 @@ class StepWatch:
         now = time.monotonic()
         if step == steps or now - self._told >= STEP_EVENTS_EVERY_SECONDS:
             self._told = now
-            event = Step(unit=self._lease.unit, round=self._lease.round, step=step, steps=steps, loss=loss)
+            event = Step(unit=self._unit, round=self._round, step=step, steps=steps, loss=loss)
             self._loop.call_soon_threadsafe(self._reporter.report, event)
 
     def _obey(self, step: int, steps: int) -> None:

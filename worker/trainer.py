@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from protocol.documents import Artifact, Claim, ClaimReceipt, Digest, Lease, RunConfig, digest_of, sign
+from protocol.documents import Artifact, Claim, ClaimReceipt, Digest, Lease, RunConfig, UnitId, digest_of, sign
 from protocol.errors import AnswerInvalid, CheckpointCorrupt, DeltaTruncated, LocalProblem
 from protocol.keys import PrivateKey
 from protocol.layout import ROLE_DELTA
@@ -18,6 +18,7 @@ from protocol.layout import ROLE_DELTA
 if TYPE_CHECKING:
     from diloco.codec import EncodedDelta
     from diloco.determinism import PrecisionReport
+    from diloco.unit import UnitResult
 
 OnStep = Callable[[int, int, float], None]
 """Told step (from 1), steps and loss after each step; may raise to abandon the unit."""
@@ -32,6 +33,16 @@ class TrainedUnit:
     loss: float
     samples: int
     seconds: float
+
+
+class Trainer(Protocol):
+    """What makes a unit's result on this machine: `train_unit`."""
+
+    def __call__(
+        self, config: RunConfig, lease: Lease, base: Path, shards: Sequence[Path], *, device: str, on_step: OnStep
+    ) -> TrainedUnit:
+        """Train a leased unit; see `train_unit`."""
+        ...
 
 
 def prepare(device: str, threads: int) -> "PrecisionReport":
@@ -56,29 +67,61 @@ def train_unit(
         shards: the unit's shard files, in the lease's order.
 
     Raises:
+        AnswerInvalid: the lease does not let a delta of this run's size be uploaded.
+        LocalProblem: see `compute_unit`, like all else.
+    """
+    from diloco.codec import encode
+    from verify.replay import codec_config, delta_schema, unit_spec
+
+    _check_allowed_size(config, lease)
+    started = time.monotonic()
+    result = compute_unit(config, lease.round, UnitId(lease.unit), base, shards, device=device, on_step=on_step)
+    return TrainedUnit(
+        encoded=encode(result.delta, delta_schema(config), codec_config(config), unit_spec(config, lease).seed),
+        trail_root=result.trail.root,
+        loss=result.loss_last,
+        samples=result.samples,
+        seconds=time.monotonic() - started,
+    )
+
+
+def compute_unit(
+    config: RunConfig,
+    round_number: int,
+    unit: UnitId,
+    base: Path,
+    shards: Sequence[Path],
+    *,
+    device: str,
+    on_step: OnStep,
+) -> "UnitResult":
+    """Run a unit, for the first time or again; who trains it and who judges it compute the same.
+
+    Args:
+        base: file with the weights of the checkpoint before the unit's round.
+        shards: the unit's shard files, in the unit's order.
+
+    Raises:
         TrainingDiverged, DeltaNotFinite: the result is of no use.
         CheckpointCorrupt, ShardCorrupt: the files do not have the form that the run promises.
-        AnswerInvalid: the lease does not let a delta of this run's size be uploaded.
+        NumericsMismatch: this version would compute another unit.
         LocalProblem: the device has not enough memory.
         PayloadInvalid: the run's config describes something that this version can't build.
     """
     import torch
 
     from diloco.checkpoint import TensorFile
-    from diloco.codec import encode
     from diloco.shards import Shard, ShardSet
     from diloco.unit import run_unit
-    from verify.replay import check_numerics, codec_config, delta_schema, model_config, unit_spec
+    from verify.replay import check_numerics, model_config, unit_spec_of
 
     check_numerics(config)
-    _check_allowed_size(config, lease)
-    spec = unit_spec(config, lease)
-    started = time.monotonic()
+    spec, model = unit_spec_of(config, round_number, unit), model_config(config)
     tensors, samples = TensorFile.open(base).load(), ShardSet([Shard.open(path) for path in shards])
     try:
-        result = run_unit(
+        return run_unit(
             spec,
-            model_config(config),
+            model,
             tensors,
             samples,
             device=device,
@@ -88,13 +131,6 @@ def train_unit(
         raise CheckpointCorrupt(f"The base checkpoint does not fit the run's model: {error}.") from None
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise LocalProblem(f"There is not enough memory on {device} for this run's units: {error}") from None
-    return TrainedUnit(
-        encoded=encode(result.delta, delta_schema(config), codec_config(config), spec.seed),
-        trail_root=result.trail.root,
-        loss=result.loss_last,
-        samples=result.samples,
-        seconds=time.monotonic() - started,
-    )
 
 
 def _check_allowed_size(config: RunConfig, lease: Lease) -> None:

@@ -1,6 +1,5 @@
 """`commonweight checkpoint`: is a checkpoint what its run published, and does it follow from the deltas?"""
 
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commonweight.locate import checkpoint_directory, public_directory
-from protocol.documents import RunId
-from protocol.errors import UsageError
-from protocol.join import JoinString
+from commonweight.locate import checkpoint_directory, public_directory, run_id
 from protocol.printing import printable
 from worker.durable import trouble_with
 
 if TYPE_CHECKING:  # torch is loaded only once a rebuild really begins
-    from verify.rebuild import RebuiltRound
+    from verify.rebuild import RebuildReport, RebuiltRound
 
 app = typer.Typer(help="Check published checkpoints.", no_args_is_help=True)
 
@@ -25,7 +21,6 @@ RunOption = Annotated[
     str | None,
     typer.Option("--run", metavar="RUNID", help="Run id, or join string, that must stand behind it. Recommended."),
 ]
-_RUN_ID = re.compile(r"[0-9a-f]{64}")
 
 
 @app.command()
@@ -43,7 +38,7 @@ def verify(
     from verify.checkpoint import verify_checkpoint
 
     place = checkpoint_directory(directory)
-    report = verify_checkpoint(place, _run_id(run))
+    report = verify_checkpoint(place, run_id(run))
     typer.echo(printable(f"checkpoint {report.checkpoint} of run {report.config.name!r}: {place}"))
     typer.echo("  signatures  root key, coordinator key, run config and manifest hold")
     typer.echo(f"  files       {report.files} files, {report.total_bytes:,} bytes, each as signed and no other")
@@ -71,33 +66,59 @@ def rebuild(
     start: Annotated[
         int, typer.Option("--from", min=0, help="Begin at this checkpoint as published, if older deltas are pruned.")
     ] = 0,
+    without: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="What if this volunteer had never taken part? A pseudonym, an owner key's id or the public key.",
+        ),
+    ] = None,
 ) -> None:
     """Merge all of a run's deltas again, from checkpoint 0 to the newest one, and compare every round's bytes.
 
-    Ends with exit code 1 and says where, if one byte differs from what the run published.
+    Ends with exit code 1 and says where, if one byte differs from what the run published. With --without, one
+    volunteer's deltas are left out and nothing is compared: the result is what the run would have become.
     """
     from verify.rebuild import rebuild as rebuild_run
 
-    public, expected = public_directory(directory), _run_id(run)
+    public, expected = public_directory(directory), run_id(run)
     with _kept_or_temporary(out) as target:
         try:
-            report = rebuild_run(public, target, _show_round, run=expected, start=start)
+            show = _show_round if without is None else _show_what_if
+            report = rebuild_run(public, target, show, run=expected, start=start, without=without)
         except BrokenPipeError:
             raise
         except OSError as error:  # a write that fails does not say where
             raise trouble_with(error.filename or target, error) from None
+    if report.without is not None:
+        typer.echo(
+            f"Checkpoint {report.checkpoint} without member {report.without[:12]}: {report.deltas} deltas merged, "
+            f"{report.left_out} left out; weights SHA-256 {report.weights_sha256}"
+        )
+    else:
+        _show_rebuilt(report, start)
+    if out is not None:
+        typer.echo(f"It lies in {out}: weights and description, without the run's signatures that `verify` looks for.")
+
+
+def _show_rebuilt(report: "RebuildReport", start: int) -> None:
     typer.echo(
         f"Checkpoint {report.checkpoint} follows from {report.deltas} deltas, byte for byte: "
         f"weights SHA-256 {report.weights_sha256}" + (f" (taking checkpoint {start} as published)" if start else "")
     )
-    if out is not None:
-        typer.echo(f"It lies in {out}: weights and description, without the run's signatures that `verify` looks for.")
 
 
 def _show_round(rebuilt: "RebuiltRound") -> None:
     typer.echo(
         f"checkpoint {rebuilt.checkpoint} of {rebuilt.last}: {rebuilt.deltas} deltas merged again, "
         f"weights {rebuilt.weights_sha256[:16]} as published"
+    )
+
+
+def _show_what_if(rebuilt: "RebuiltRound") -> None:
+    typer.echo(
+        f"checkpoint {rebuilt.checkpoint} of {rebuilt.last}: {rebuilt.deltas} deltas, weights "
+        f"{rebuilt.weights_sha256[:16]} (what if; not published)"
     )
 
 
@@ -108,11 +129,3 @@ def _kept_or_temporary(out: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="commonweight-rebuild-") as folder:
         yield Path(folder)
-
-
-def _run_id(text: str | None) -> RunId | None:
-    if text is None or _RUN_ID.fullmatch(text):
-        return None if text is None else RunId(text)
-    if text.startswith("cw1:"):
-        return JoinString.parse(text).run
-    raise UsageError(f"--run {text[:80]!r} is no run id: it has 64 hex digits, and is the last part of a join string.")

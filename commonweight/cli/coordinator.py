@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,12 @@ def init(
     seed: Annotated[
         str | None, typer.Option(help="64 hex digits that the first weights come from [default: drawn].")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="What `commonweight verify calibrate` wrote; sets the tolerances and publishes the evidence."
+        ),
+    ] = None,
     template_only: Annotated[bool, typer.Option("--template-only", help="Only write run.toml, to be edited.")] = False,
 ) -> None:
     """Make a run in DIR: run.toml (if there is none), keys, the signed run config, data and checkpoint 0."""
@@ -58,7 +65,7 @@ def init(
     run = RunDirectory(directory)
     if run.holds_run:
         raise DirectoryNotEmpty(f"{run.root} holds a run already; nothing was changed.")
-    overrides = settings or []
+    overrides = [*_calibrated(calibration), *(settings or [])]
     if run.settings_file.exists():
         chosen = Settings.load(run.settings_file, overrides)
     else:
@@ -80,6 +87,7 @@ def init(
             heldout=heldout,
             root_key_out=key_file,
             seed=None if seed is None else _seed(seed),
+            calibration=None if calibration is None else calibration.read_bytes(),
             now_ms=WallClock().now_ms(),
         )
     _show_new_run(directory, run, identity, chosen, key_file)
@@ -112,12 +120,49 @@ def config_check(directory: Dir) -> None:
 
 
 @app.command()
-def serve(directory: Dir) -> int:
+def serve(
+    directory: Dir,
+    auditor: Annotated[
+        bool, typer.Option(help="Start the run's own auditor too; without it newcomers' work waits for another one.")
+    ] = True,
+    auditor_threads: Annotated[
+        int | None, typer.Option(help="CPU threads of that auditor; all if not given.", min=1)
+    ] = None,
+) -> int:
     """Serve the run until Ctrl-C or SIGTERM."""
     from coordinator.directory import RunDirectory
     from coordinator.serve import serve as serve_run
 
-    return serve_run(RunDirectory(directory))
+    run = RunDirectory(directory)
+
+    def command(join: str) -> list[str]:
+        keys = ["--key", str(run.auditor_key), "--delegation", str(run.auditor_delegation)]
+        threads = [] if auditor_threads is None else ["--threads", str(auditor_threads)]
+        start = [sys.executable, "-P", "-m", "commonweight", "auditor", "start", "--join", join, "--json"]
+        return [*start, *keys, "--home", str(run.auditor_home), *threads]
+
+    wanted = auditor and run.config().verification.mode == "replay" and run.auditor_key.exists()
+    return serve_run(run, auditor=command if wanted else None)
+
+
+@app.command()
+def delegate(
+    directory: Dir,
+    root_key: Annotated[Path, typer.Option(help="The run's root key, for a moment only.")],
+    auditor: Annotated[str, typer.Option(help="The auditor's public key, as `commonweight auditor init` prints it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the delegation goes.")] = Path("delegation.json"),
+) -> None:
+    """Let another auditor judge claims: appeals need a second one."""
+    from coordinator.clock import WallClock
+    from coordinator.directory import RunDirectory, write_file
+    from coordinator.founding import delegate_auditor
+    from protocol.keys import PrivateKey
+
+    signed = delegate_auditor(RunDirectory(directory), PrivateKey.load(root_key), auditor, now_ms=WallClock().now_ms())
+    write_file(out.absolute(), signed)
+    typer.echo(
+        f"wrote {out}; give it to the auditor as HOME/delegation.json, and move {root_key} off this machine again"
+    )
 
 
 @app.command()
@@ -174,6 +219,22 @@ def renew(
     delegation = renew_delegation(RunDirectory(directory), PrivateKey.load(root_key), now_ms=WallClock().now_ms())
     until = datetime.fromtimestamp(delegation.not_after_ms / 1000, UTC).date()
     typer.echo(f"the coordinator key may act until {until}; move {root_key} off this machine again")
+
+
+def _calibrated(path: Path | None) -> list[str]:
+    """Return the settings that a calibration brings."""
+    if path is None:
+        return []
+    from protocol.canonical import sha256_hex
+    from verify.calibration import read_calibration
+
+    raw = path.read_bytes()
+    found = read_calibration(raw)
+    return [
+        f"verification.tolerance={found.tolerance!r}",
+        f"verification.code_tolerance={found.code_tolerance!r}",
+        f"verification.evidence_sha256={sha256_hex(raw)}",
+    ]
 
 
 def _seed(text: str) -> bytes:

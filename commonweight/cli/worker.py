@@ -4,20 +4,25 @@ import math
 import shutil
 import signal
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from commonweight.locate import run_id
 from protocol.errors import UsageError
-from protocol.printing import printable_text
+from protocol.printing import printable, printable_text
 
 if TYPE_CHECKING:
     from worker.daemon import WorkerSettings
+    from worker.receipts import Receipt
     from worker.reporters import Reporter
 
 app = typer.Typer(help="Lend this computer's time to a run.", no_args_is_help=True)
+
+
+Home = Annotated[Path | None, typer.Option(help="Where keys, finished work and the cache are kept.", file_okay=False)]
 
 
 @app.callback()
@@ -28,9 +33,7 @@ def worker() -> None:
 @app.command()
 def start(
     join: Annotated[str, typer.Option(help="The run's join string, cw1:HOST:PORT:RUNID.", metavar="TOKEN")],
-    home: Annotated[
-        Path | None, typer.Option(help="Where keys, finished work and the cache are kept.", file_okay=False)
-    ] = None,
+    home: Home = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="What to train on; auto takes a CUDA GPU if there is one.")
     ] = "auto",
@@ -45,6 +48,7 @@ def start(
     """Train units of a run until it is finished. Ctrl-C ends it cleanly; twice, at once."""
     import asyncio
 
+    from commonweight.cli.telling import make_reporter
     from protocol.join import JoinString
     from protocol.limits import GIB
     from worker.daemon import WorkerSettings
@@ -60,11 +64,74 @@ def start(
         cache_bytes=int(cache_gib * GIB),
         accept_terms=accept_terms,
     )
-    reporter = _reporter(json=json)
+    reporter = make_reporter(json=json)
     try:
         asyncio.run(_start(settings, reporter))
     finally:
         reporter.close()
+
+
+@app.command()
+def receipts(
+    home: Home = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="RUNID", help="Run id, or join string; all runs if not given.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")] = False,
+) -> None:
+    """Show what became of every unit that this home has finished: accepted or not, why, its weight, its checkpoint."""
+    from json import dumps
+
+    from worker.receipts import HEADING, read_receipts, runs_of
+
+    place = (home or default_home()).absolute()
+    wanted = run_id(run)
+    for number, name in enumerate(runs_of(place) if wanted is None else (wanted,)):
+        found = read_receipts(place, name)
+        if json:
+            for receipt in found:
+                typer.echo(dumps(receipt.to_json(), sort_keys=True))
+            continue
+        typer.echo(f"{'' if not number else chr(10)}run {name[:12]}: {_counted(found)}")
+        for line in (HEADING, *(receipt.line() for receipt in found)) if found else ():
+            typer.echo(printable(line).rstrip())
+
+
+@app.command()
+def appeal(
+    claim: Annotated[str, typer.Argument(metavar="CLAIM|UNIT", help="The rejected unit: 8 or more of its hex digits.")],
+    join: Annotated[
+        str | None, typer.Option(help="The run's join string [default: the one that last worked].", metavar="TOKEN")
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Ask for a second referee on a rejected unit, within 14 days of its verdict."""
+    import asyncio
+
+    from protocol.join import JoinString
+    from worker.appeals import send_appeal
+    from worker.home import WorkerHome
+    from worker.receipts import read_receipts, runs_of, select, the_one
+
+    place = WorkerHome((home or default_home()).absolute())
+    runs = runs_of(place.root) if join is None else (JoinString.parse(join).run,)
+    candidates = [receipt for name in runs for receipt in select(read_receipts(place.root, name), claim)]
+    rejected = [receipt for receipt in candidates if receipt.outcome == "rejected"]
+    receipt = the_one(rejected or candidates, claim)
+    known = place.joins()
+    if join is None and receipt.run not in known:
+        raise UsageError(f"It is not known any more where run {receipt.run[:12]} is; give its join string with --join.")
+    asyncio.run(send_appeal(known[receipt.run] if join is None else JoinString.parse(join), place, receipt))
+    typer.echo(f"Unit {receipt.unit[:12]} (claim {receipt.claim[:12]}) goes to a second referee.")
+    typer.echo(
+        "Its verdict comes when `commonweight worker start` runs again; `commonweight worker receipts` shows it."
+    )
+
+
+def _counted(receipts: "Sequence[Receipt]") -> str:
+    outcomes = [receipt.outcome for receipt in receipts]
+    counts = [f"{outcomes.count(outcome)} {outcome}" for outcome in ("accepted", "rejected", "waiting", "refused")]
+    return f"{len(receipts)} units finished; " + ", ".join(count for count in counts if not count.startswith("0 "))
 
 
 async def _start(settings: "WorkerSettings", reporter: "Reporter") -> None:
@@ -81,22 +148,6 @@ def default_home() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_data_dir("commonweight", appauthor=False)) / "worker"
-
-
-def _reporter(*, json: bool) -> "Reporter":
-    from worker.reporters import JsonReporter, PlainReporter, TerminalReporter
-
-    if json:
-        return JsonReporter(sys.stdout)
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        return TerminalReporter(Console(), _time_of_day)
-    return PlainReporter(sys.stdout, _time_of_day)
-
-
-def _time_of_day() -> str:
-    return time.strftime("%H:%M:%S")
 
 
 def _ask(text: str) -> bool | None:

@@ -553,3 +553,188 @@ class GetVerdictsReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetVerdictsReply: _TypeAlias = GetVerdictsReply  # noqa: Y015
+
+@_typing.final
+class AppealRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLAIM_FIELD_NUMBER: _builtins.int
+    claim: _builtins.bytes
+    """SHA-256 of the claim's payload"""
+    def __init__(
+        self,
+        *,
+        claim: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppealRequest: _TypeAlias = AppealRequest  # noqa: Y015
+
+@_typing.final
+class AppealReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppealReply: _TypeAlias = AppealReply  # noqa: Y015
+
+@_typing.final
+class TakeAuditRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAIT_MS_FIELD_NUMBER: _builtins.int
+    wait_ms: _builtins.int
+    """how long the call may be held open"""
+    def __init__(
+        self,
+        *,
+        wait_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["wait_ms", b"wait_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeAuditRequest: _TypeAlias = TakeAuditRequest  # noqa: Y015
+
+@_typing.final
+class TakeAuditReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    CLAIM_ENVELOPES_FIELD_NUMBER: _builtins.int
+    DEVICE_KEYS_FIELD_NUMBER: _builtins.int
+    REMAINING_MS_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    """of the unit"""
+    index: _builtins.int
+    """of the unit in its round"""
+    remaining_ms: _builtins.int
+    """how long the claims stay with this auditor"""
+    retry_after_ms: _builtins.int
+    """without claims: ask again then"""
+    reason: _builtins.str
+    """without claims: why, for a person"""
+    @_builtins.property
+    def claim_envelopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Claim, by its device; empty when there is nothing to judge now"""
+
+    @_builtins.property
+    def device_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """32 bytes each, in the order of the claims"""
+
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        index: _builtins.int = ...,
+        claim_envelopes: _abc.Iterable[_builtins.bytes] | None = ...,
+        device_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        remaining_ms: _builtins.int = ...,
+        retry_after_ms: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_envelopes", b"claim_envelopes", "device_keys", b"device_keys", "index", b"index", "reason", b"reason", "remaining_ms", b"remaining_ms", "retry_after_ms", b"retry_after_ms", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeAuditReply: _TypeAlias = TakeAuditReply  # noqa: Y015
+
+@_typing.final
+class ReadArtifactRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLAIM_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    claim: _builtins.bytes
+    role: _builtins.str
+    offset: _builtins.int
+    def __init__(
+        self,
+        *,
+        claim: _builtins.bytes = ...,
+        role: _builtins.str = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "offset", b"offset", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadArtifactRequest: _TypeAlias = ReadArtifactRequest  # noqa: Y015
+
+@_typing.final
+class ReadArtifactReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """at most 1 MiB; empty at the end"""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadArtifactReply: _TypeAlias = ReadArtifactReply  # noqa: Y015
+
+@_typing.final
+class SubmitOpinionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPINION_ENVELOPES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def opinion_envelopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Opinion, by the auditor"""
+
+    def __init__(
+        self,
+        *,
+        opinion_envelopes: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["opinion_envelopes", b"opinion_envelopes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitOpinionsRequest: _TypeAlias = SubmitOpinionsRequest  # noqa: Y015
+
+@_typing.final
+class SubmitOpinionsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitOpinionsReply: _TypeAlias = SubmitOpinionsReply  # noqa: Y015

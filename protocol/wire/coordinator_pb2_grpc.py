@@ -89,6 +89,26 @@ class CoordinatorStub(object):
                 request_serializer=protocol_dot_wire_dot_coordinator__pb2.GetVerdictsRequest.SerializeToString,
                 response_deserializer=protocol_dot_wire_dot_coordinator__pb2.GetVerdictsReply.FromString,
                 _registered_method=True)
+        self.Appeal = channel.unary_unary(
+                '/commonweight.v1.Coordinator/Appeal',
+                request_serializer=protocol_dot_wire_dot_coordinator__pb2.AppealRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_coordinator__pb2.AppealReply.FromString,
+                _registered_method=True)
+        self.TakeAudit = channel.unary_unary(
+                '/commonweight.v1.Coordinator/TakeAudit',
+                request_serializer=protocol_dot_wire_dot_coordinator__pb2.TakeAuditRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_coordinator__pb2.TakeAuditReply.FromString,
+                _registered_method=True)
+        self.ReadArtifact = channel.unary_unary(
+                '/commonweight.v1.Coordinator/ReadArtifact',
+                request_serializer=protocol_dot_wire_dot_coordinator__pb2.ReadArtifactRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_coordinator__pb2.ReadArtifactReply.FromString,
+                _registered_method=True)
+        self.SubmitOpinions = channel.unary_unary(
+                '/commonweight.v1.Coordinator/SubmitOpinions',
+                request_serializer=protocol_dot_wire_dot_coordinator__pb2.SubmitOpinionsRequest.SerializeToString,
+                response_deserializer=protocol_dot_wire_dot_coordinator__pb2.SubmitOpinionsReply.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -172,6 +192,35 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Appeal(self, request, context):
+        """A rejected claim goes to a second referee.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeAudit(self, request, context):
+        """All that follows needs the session of an auditor whom the root key delegated.
+        The claims of one unit to judge; waits a while if there are none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadArtifact(self, request, context):
+        """A piece of a stored artifact of a claim that this auditor judges.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitOpinions(self, request, context):
+        """What the auditor found.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -229,6 +278,26 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.GetVerdicts,
                     request_deserializer=protocol_dot_wire_dot_coordinator__pb2.GetVerdictsRequest.FromString,
                     response_serializer=protocol_dot_wire_dot_coordinator__pb2.GetVerdictsReply.SerializeToString,
+            ),
+            'Appeal': grpc.unary_unary_rpc_method_handler(
+                    servicer.Appeal,
+                    request_deserializer=protocol_dot_wire_dot_coordinator__pb2.AppealRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_coordinator__pb2.AppealReply.SerializeToString,
+            ),
+            'TakeAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeAudit,
+                    request_deserializer=protocol_dot_wire_dot_coordinator__pb2.TakeAuditRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_coordinator__pb2.TakeAuditReply.SerializeToString,
+            ),
+            'ReadArtifact': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadArtifact,
+                    request_deserializer=protocol_dot_wire_dot_coordinator__pb2.ReadArtifactRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_coordinator__pb2.ReadArtifactReply.SerializeToString,
+            ),
+            'SubmitOpinions': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitOpinions,
+                    request_deserializer=protocol_dot_wire_dot_coordinator__pb2.SubmitOpinionsRequest.FromString,
+                    response_serializer=protocol_dot_wire_dot_coordinator__pb2.SubmitOpinionsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -528,6 +597,114 @@ class Coordinator(object):
             '/commonweight.v1.Coordinator/GetVerdicts',
             protocol_dot_wire_dot_coordinator__pb2.GetVerdictsRequest.SerializeToString,
             protocol_dot_wire_dot_coordinator__pb2.GetVerdictsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Appeal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/commonweight.v1.Coordinator/Appeal',
+            protocol_dot_wire_dot_coordinator__pb2.AppealRequest.SerializeToString,
+            protocol_dot_wire_dot_coordinator__pb2.AppealReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/commonweight.v1.Coordinator/TakeAudit',
+            protocol_dot_wire_dot_coordinator__pb2.TakeAuditRequest.SerializeToString,
+            protocol_dot_wire_dot_coordinator__pb2.TakeAuditReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadArtifact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/commonweight.v1.Coordinator/ReadArtifact',
+            protocol_dot_wire_dot_coordinator__pb2.ReadArtifactRequest.SerializeToString,
+            protocol_dot_wire_dot_coordinator__pb2.ReadArtifactReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitOpinions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/commonweight.v1.Coordinator/SubmitOpinions',
+            protocol_dot_wire_dot_coordinator__pb2.SubmitOpinionsRequest.SerializeToString,
+            protocol_dot_wire_dot_coordinator__pb2.SubmitOpinionsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,16 @@ class CoordinatorStub:
     """The artifact's bytes from the stored offset on, in chunks of at most 1 MiB."""
     GetVerdicts: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetVerdictsRequest, _coordinator_pb2.GetVerdictsReply]
     """The verdicts that are known for these claims."""
+    Appeal: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.AppealRequest, _coordinator_pb2.AppealReply]
+    """A rejected claim goes to a second referee."""
+    TakeAudit: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.TakeAuditRequest, _coordinator_pb2.TakeAuditReply]
+    """All that follows needs the session of an auditor whom the root key delegated.
+    The claims of one unit to judge; waits a while if there are none.
+    """
+    ReadArtifact: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReadArtifactRequest, _coordinator_pb2.ReadArtifactReply]
+    """A piece of a stored artifact of a claim that this auditor judges."""
+    SubmitOpinions: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitOpinionsRequest, _coordinator_pb2.SubmitOpinionsReply]
+    """What the auditor found."""
 
 @_typing.type_check_only
 class CoordinatorAsyncStub(CoordinatorStub):
@@ -85,6 +95,16 @@ class CoordinatorAsyncStub(CoordinatorStub):
     """The artifact's bytes from the stored offset on, in chunks of at most 1 MiB."""
     GetVerdicts: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetVerdictsRequest, _coordinator_pb2.GetVerdictsReply]  # type: ignore[assignment]
     """The verdicts that are known for these claims."""
+    Appeal: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.AppealRequest, _coordinator_pb2.AppealReply]  # type: ignore[assignment]
+    """A rejected claim goes to a second referee."""
+    TakeAudit: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.TakeAuditRequest, _coordinator_pb2.TakeAuditReply]  # type: ignore[assignment]
+    """All that follows needs the session of an auditor whom the root key delegated.
+    The claims of one unit to judge; waits a while if there are none.
+    """
+    ReadArtifact: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReadArtifactRequest, _coordinator_pb2.ReadArtifactReply]  # type: ignore[assignment]
+    """A piece of a stored artifact of a claim that this auditor judges."""
+    SubmitOpinions: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitOpinionsRequest, _coordinator_pb2.SubmitOpinionsReply]  # type: ignore[assignment]
+    """What the auditor found."""
 
 class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -176,5 +196,39 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.GetVerdictsReply, _abc.Awaitable[_coordinator_pb2.GetVerdictsReply]]:
         """The verdicts that are known for these claims."""
+
+    @_abc_1.abstractmethod
+    def Appeal(
+        self,
+        request: _coordinator_pb2.AppealRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.AppealReply, _abc.Awaitable[_coordinator_pb2.AppealReply]]:
+        """A rejected claim goes to a second referee."""
+
+    @_abc_1.abstractmethod
+    def TakeAudit(
+        self,
+        request: _coordinator_pb2.TakeAuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.TakeAuditReply, _abc.Awaitable[_coordinator_pb2.TakeAuditReply]]:
+        """All that follows needs the session of an auditor whom the root key delegated.
+        The claims of one unit to judge; waits a while if there are none.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadArtifact(
+        self,
+        request: _coordinator_pb2.ReadArtifactRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ReadArtifactReply, _abc.Awaitable[_coordinator_pb2.ReadArtifactReply]]:
+        """A piece of a stored artifact of a claim that this auditor judges."""
+
+    @_abc_1.abstractmethod
+    def SubmitOpinions(
+        self,
+        request: _coordinator_pb2.SubmitOpinionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.SubmitOpinionsReply, _abc.Awaitable[_coordinator_pb2.SubmitOpinionsReply]]:
+        """What the auditor found."""
 
 def add_CoordinatorServicer_to_server(servicer: CoordinatorServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

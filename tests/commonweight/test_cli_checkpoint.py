@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 from commonweight.cli.checkpoint import app
@@ -19,18 +18,9 @@ from protocol.errors import (
     UsageError,
     WrongRun,
 )
-from tests.verify.examples import RUN, STRANGER, PublishedRun, publish_run
+from tests.verify.examples import RUN, STRANGER, PublishedRun
 from verify.admission import file_sha256
 from verify.checkpoint import open_run
-
-
-@pytest.fixture(scope="module")
-def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's directory with its public/ in it."""
-    torch.set_num_threads(1)
-    directory = tmp_path_factory.mktemp("run")
-    publish_run(directory / "public")
-    return directory
 
 
 @pytest.fixture

@@ -14,15 +14,10 @@ from protocol import layout
 from protocol.canonical import sha256_hex
 from protocol.documents import digest_of, sign
 from protocol.errors import CommonweightError, DiskFull, LocalProblem
-from tests.verify.examples import ROOT, PublishedRun, publish_run
+from tests.verify.examples import ROOT, PublishedRun
 
 ROOT_DIRECTORY = Path(__file__).parents[2]
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202ered"
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
-    return publish_run(tmp_path_factory.mktemp("run") / "public")
 
 
 def failing_with(error: Exception) -> Callable[..., None]:

@@ -14,20 +14,10 @@ from typer.testing import CliRunner, Result
 from commonweight.cli.sample import sample
 from protocol import layout
 from protocol.errors import CheckpointCorrupt, CommonweightError, DeviceUnavailable, DiskFull, LocalProblem, UsageError
-from tests.verify.examples import publish_run
 
 app = typer.Typer()
 app.command()(sample)
 CAPTION = "a light square"
-
-
-@pytest.fixture(scope="module")
-def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's directory with its public/ in it."""
-    torch.set_num_threads(1)
-    directory = tmp_path_factory.mktemp("run")
-    publish_run(directory / "public")
-    return directory
 
 
 def _checkpoint(run_directory: Path, number: int) -> Path:

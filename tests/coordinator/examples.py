@@ -2,10 +2,11 @@
 
 import hashlib
 
+from coordinator.audits import Audit, AuditReason, AuditState
 from coordinator.owners import Device, Owner
 from coordinator.rounds import Round
 from coordinator.units import Attempt, Claimed, Received, Sketched, Unit, advance
-from protocol.documents import Artifact, Digest, LeaseId, MergeEntry, UnitId
+from protocol.documents import Artifact, Digest, LeaseId, MergeEntry, UnitId, UnmergeEntry
 from protocol.keys import KeyId
 from protocol.limits import SKETCH_BYTES
 
@@ -55,6 +56,7 @@ def leased(lease: str = "a", of: Unit | None = None, by: Device | None = None, *
         deadline_ms=deadline_ms,
         lease_envelope=b"lease " + lease.encode(),
         lease_sha256=digest("lease payload " + lease),
+        leased_ms=1_000,
     )
 
 
@@ -62,26 +64,50 @@ def artifact(name: str) -> Artifact:
     return Artifact(role="delta", content_sha256=digest("content/" + name), blob_sha256=digest("blob/" + name), size=9)
 
 
-def claim_event(name: str, *, deadline_ms: int = 120_000) -> Claimed:
+def claim_event(name: str, *, deadline_ms: int = 120_000, reason: AuditReason | None = None) -> Claimed:
     return Claimed(
         claim_sha256=digest("claim/" + name),
         claim_envelope=b"claim " + name.encode(),
         artifacts=(artifact(name),),
         receipt=b"receipt of claim " + name.encode(),
         deadline_ms=deadline_ms,
+        trained_ms=9_000,
+        epoch=1,
+        audit_share=838_861,
+        reason=reason,
     )
 
 
-def claimed(attempt: Attempt) -> Attempt:
-    return advance(attempt, claim_event(attempt.lease))[0]
+def claimed(attempt: Attempt, reason: AuditReason | None = None) -> Attempt:
+    return advance(attempt, claim_event(attempt.lease, reason=reason))[0]
 
 
-def sketched(attempt: Attempt) -> Attempt:
-    return advance(claimed(attempt), Sketched(sketch=SKETCH))[0]
+def sketched(attempt: Attempt, reason: AuditReason | None = None) -> Attempt:
+    return advance(claimed(attempt, reason), Sketched(sketch=SKETCH))[0]
 
 
-def received(attempt: Attempt) -> Attempt:
-    return advance(sketched(attempt), Received(receipt=b"receipt of bytes"))[0]
+def received(attempt: Attempt, reason: AuditReason | None = None) -> Attempt:
+    return advance(sketched(attempt, reason), Received(receipt=b"receipt of bytes", late=0))[0]
+
+
+def audit(
+    of: Attempt, state: AuditState = AuditState.WANTS_REFEREE, *, replica: str | None = None, epoch: int = 1
+) -> Audit:
+    """An audit of a claimed attempt, not stored yet; `replica` is the name of a lease."""
+    assert of.claim_sha256 is not None
+    return Audit(
+        audit=0,
+        unit=of.unit,
+        lease=of.lease,
+        owner=of.owner,
+        claim=of.claim_sha256,
+        epoch=epoch,
+        reason=AuditReason.DRAWN,
+        state=state,
+        deadline_ms=90_000,
+        replica=None if replica is None else lease_id(replica),
+        refuted_by=KeyId(digest("auditor")) if state in (AuditState.WANTS_SECOND, AuditState.FAILED) else None,
+    )
 
 
 def merge_entry(attempt: Attempt, weight: int = 2**24) -> MergeEntry:
@@ -97,6 +123,22 @@ def merge_entry(attempt: Attempt, weight: int = 2**24) -> MergeEntry:
         weight=weight,
         samples=640,
         member=owner().member,
+        audited=True,
+        influence=2**24,
+        late=0,
+    )
+
+
+def unmerge_entry(entry: MergeEntry, checkpoint: int = 1) -> UnmergeEntry:
+    return UnmergeEntry(
+        claim=entry.claim,
+        unit=entry.unit,
+        checkpoint=checkpoint,
+        blob_sha256=entry.blob_sha256,
+        content_sha256=entry.content_sha256,
+        size=entry.size,
+        weight=entry.weight,
+        member=entry.member,
     )
 
 

@@ -1,29 +1,29 @@
 """What every implementation of `coordinator.store.Store` must do; an implementation's test class inherits this one.
 
-A subclass says how to open the store in a directory; opening again must find what was there.
+What audits need of a store is in `tests.coordinator.store_audit_conformance`.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from coordinator.owners import AuditPassed
+from coordinator.audits import (
+    OPEN_AUDITS,
+    AuditReason,
+    AuditState,
+)
+from coordinator.owners import AuditPassed, Banned, OwnerState
 from coordinator.owners import advance as advance_owner
 from coordinator.rounds import Closed, MergeStarted, Published, Round
 from coordinator.rounds import advance as advance_round
 from coordinator.store import Store
 from coordinator.units import (
-    Attempt,
     Excused,
     Expired,
     Judged,
     Outcome,
-    Unit,
     UnitAbandoned,
-    UnitAccepted,
     UnitAssigned,
     UnitReleased,
     UnitState,
@@ -31,87 +31,26 @@ from coordinator.units import (
 )
 from protocol.documents import Digest, LeaseId, UnitId
 from protocol.errors import DirectoryNotEmpty, StaleRow
-from protocol.keys import KeyId
 from protocol.limits import MAX_EVIDENCE_PER_LEASE
 from protocol.log import EMPTY_LOG_HEAD, LogEntry, next_head
 from tests.coordinator import examples
-
-NOBODY = KeyId("0" * 64)
-
-
-def fill(store: Store, units: int = 4) -> None:
-    """Store round 1 with its units, two owners, and two devices of the first."""
-    with store.transaction():
-        store.add_round(examples.first_round())
-        store.add_units([examples.unit(index) for index in range(units)])
-        store.put_owner(examples.owner("ada"))
-        store.put_owner(examples.owner("bob"))
-        store.put_device(examples.device("ada-1", "ada"))
-        store.put_device(examples.device("ada-2", "ada"))
-        store.put_device(examples.device("bob-1", "bob"))
+from tests.coordinator.stored import AUDITOR, NOBODY, OpensStore, add_audit, choose, deliver, fill, lease, save
 
 
-def save(store: Store, before: Any, after: Any) -> Any:
-    """Save a unit, attempt or round in a transaction of its own; return it."""
-    with store.transaction():
-        match before:
-            case Unit():
-                store.save_unit(before, after)
-            case Attempt():
-                store.save_attempt(before, after)
-            case Round():
-                store.save_round(before, after)
-    return after
-
-
-def lease(store: Store, name: str, index: int, by: str = "ada-1", *, deadline_ms: int = 60_000) -> Attempt:
-    """Lease a unit of round 1 to a device."""
-    device = examples.device(by, by.split("-", maxsplit=1)[0])
-    attempt = examples.leased(name, examples.unit(index), device, deadline_ms=deadline_ms)
-    unit = store.unit(attempt.unit)
-    assert unit is not None
-    with store.transaction():
-        if unit.state is UnitState.OPEN:
-            store.save_unit(unit, advance(unit, UnitAssigned())[0])
-        store.add_attempt(attempt)
-    return attempt
-
-
-def deliver(store: Store, name: str, index: int, by: str = "ada-1") -> tuple[Unit, Attempt]:
-    """Lease a unit, receive its bytes and settle it with them."""
-    start = lease(store, name, index, by)
-    received = save(store, start, examples.received(start))
-    unit = store.unit(start.unit)
-    assert unit is not None
-    return save(store, unit, advance(unit, UnitAccepted(lease=start.lease))[0]), received
-
-
-class StoreConformance:
+class StoreConformance(OpensStore):
     """The suite. Each test names one MUST of the `Store` docstrings."""
-
-    def open_store(self, directory: Path) -> Store:
-        raise NotImplementedError
-
-    @pytest.fixture
-    def store(self, tmp_path: Path) -> Iterator[Store]:
-        store = self.open_store(tmp_path)
-        yield store
-        store.close()
-
-    @pytest.fixture
-    def filled(self, store: Store) -> Store:
-        fill(store)
-        return store
 
     # --- transactions ----------------------------------------------------------------------------------------
 
     def test_what_a_transaction_wrote_is_there_after_opening_again(self, tmp_path: Path) -> None:
         store = self.open_store(tmp_path)
         fill(store)
-        unit, attempt = deliver(store, "a", 0)
+        unit, attempt = choose(store, "a", 0)
         with store.transaction():
             entry = store.append_log("claim", b'{"claim":1}')
             store.add_evidence(attempt.lease, b"another claim")
+            audit = store.add_audit(examples.audit(attempt))
+            store.add_opinion(audit.audit, audit.claim, AUDITOR, "confirmed", b"opinion")
         store.close()
 
         again = self.open_store(tmp_path)
@@ -119,6 +58,8 @@ class StoreConformance:
         assert again.attempt(attempt.lease) == attempt
         assert again.log_entries(1, 9) == (entry,)
         assert again.evidence(attempt.lease) == (b"another claim",)
+        assert again.audit(audit.audit) == audit
+        assert again.opinions(audit.audit) == (b"opinion",)
         again.close()
 
     def test_a_transaction_that_raises_leaves_no_trace(self, filled: Store) -> None:
@@ -168,18 +109,27 @@ class StoreConformance:
         singles = (
             store.owner(NOBODY), store.device(NOBODY), store.unit(unit_id), store.next_open_unit(1), store.round(1),
             store.attempt(lease_id), store.attempt_of_claim(Digest("0" * 64)), store.leased_attempt(NOBODY),
-            store.latest_round(), store.meta("nothing"),
+            store.latest_round(), store.meta("nothing"), store.audit(1),
         )  # fmt: skip
         many = (
             store.units(1), store.uploading_attempts(NOBODY), store.due_attempts(10**15), store.mergeable(),
             store.attempts_of_unit(unit_id), store.unjudged(10), store.evidence(lease_id), store.log_entries(1, 9),
+            store.owners(), store.unsettled_units(9), store.units_to_unmerge(), store.unsent_in_doubt(9),
+            store.unmerged_of_owner(NOBODY), store.merged_unaudited_of_owner(NOBODY), store.audits_of_subject(lease_id),
+            store.audits_of_replica(lease_id), store.unmerged_blobs(), store.opinions(1),
+            *(store.audits(state) for state in OPEN_AUDITS),
         )  # fmt: skip
+        counts = {
+            store.device_count(), store.received_count(1), store.ready_count(1), store.wasted_count(NOBODY, 1),
+            store.established_others(NOBODY), store.failed_count(NOBODY), store.in_doubt_count(1),
+        }  # fmt: skip
         assert set(singles) == {None}
         assert set(many) == {()}
-        assert store.device_count() == store.received_count(1) == 0
+        assert counts == {0}
         assert store.units_by_member() == {}
         assert store.unit_counts(1) == dict.fromkeys(UnitState, 0)
         assert store.outcome_counts() == dict.fromkeys(Outcome, 0)
+        assert store.audit_counts() == dict.fromkeys(AuditState, 0)
 
     # --- owners and devices ----------------------------------------------------------------------------------
 
@@ -189,13 +139,26 @@ class StoreConformance:
         assert filled.device(device.device) == device
         assert filled.device_count() == 3
 
-        passed, newer = advance_owner(owner, AuditPassed())[0], replace(device, trainer_version="0.2.0")
+        passed = advance_owner(owner, AuditPassed(trained_ms=70))[0]
+        newer = replace(device, trainer_version="0.2.0")
         with filled.transaction():
             filled.put_owner(passed)
             filled.put_device(newer)
         assert filled.owner(owner.owner) == passed
         assert filled.device(device.device) == newer
         assert filled.device_count() == 3
+        assert set(filled.owners()) == {passed, examples.owner("bob")}
+
+    def test_established_others_are_those_of_other_owners(self, filled: Store) -> None:
+        ada, bob = examples.owner("ada"), examples.owner("bob")
+        assert filled.established_others(ada.owner) == 0
+        with filled.transaction():
+            filled.put_owner(replace(ada, state=OwnerState.ESTABLISHED))
+        assert filled.established_others(ada.owner) == 0
+        assert filled.established_others(bob.owner) == filled.established_others(NOBODY) == 1
+        with filled.transaction():
+            filled.put_owner(advance_owner(replace(ada, state=OwnerState.ESTABLISHED), Banned())[0])
+        assert filled.established_others(bob.owner) == 0
 
     # --- units -----------------------------------------------------------------------------------------------
 
@@ -227,12 +190,18 @@ class StoreConformance:
         assigned = save(filled, read, advance(read, UnitAssigned())[0])
         with pytest.raises(StaleRow):
             save(filled, read, advance(read, UnitAssigned())[0])
-        unit, _ = deliver(filled, "a", 1)
+        unit, _ = choose(filled, "a", 1)
         merged = save(filled, unit, replace(unit, merged_in=1))
         with pytest.raises(StaleRow):
             save(filled, unit, replace(unit, merged_in=2))
+        retracted = save(filled, merged, replace(merged, retracted=True))
+        with pytest.raises(StaleRow):
+            save(filled, merged, replace(merged, retracted=True))
+        unmerged = save(filled, retracted, replace(retracted, unmerged_in=2))
+        with pytest.raises(StaleRow):
+            save(filled, retracted, replace(retracted, retracted=False))
         assert filled.unit(read.unit) == assigned
-        assert filled.unit(unit.unit) == merged
+        assert filled.unit(unit.unit) == unmerged
 
     def test_a_thing_is_not_saved_as_another_thing(self, filled: Store) -> None:
         attempt = lease(filled, "a", 0)
@@ -242,11 +211,14 @@ class StoreConformance:
             save(filled, attempt, replace(attempt, device=examples.device("bob-1", "bob").device))
         with pytest.raises(ValueError, match="two things"):
             save(filled, examples.first_round(), replace(examples.first_round(), opened_ms=0))
+        audit = add_audit(filled, examples.audit(examples.claimed(attempt)))
+        with pytest.raises(ValueError, match="two things"):
+            save(filled, audit, replace(audit, reason=AuditReason.OUTLIER))
 
     def test_units_are_counted_by_state_outcome_and_member(self, filled: Store) -> None:
-        deliver(filled, "a", 0)
-        deliver(filled, "b", 1, "bob-1")
-        deliver(filled, "c", 2, "ada-2")
+        choose(filled, "a", 0)
+        choose(filled, "b", 1, "bob-1")
+        choose(filled, "c", 2, "ada-2")
         last = examples.unit(3)
         save(filled, last, advance(last, UnitAbandoned())[0])
 
@@ -295,19 +267,8 @@ class StoreConformance:
         assert filled.due_attempts(899) == (later,)
         assert filled.due_attempts(900) == (later, claimed)
 
-    def test_what_can_be_merged_is_accepted_received_and_in_no_checkpoint(self, filled: Store) -> None:
-        second = deliver(filled, "b", 1, "bob-1")
-        first = deliver(filled, "a", 0)
-        third = deliver(filled, "c", 2, "ada-2")
-        save(filled, third[1], advance(third[1], Judged(verdict_envelope=b"verdict"))[0])
-        lease(filled, "d", 3)
-
-        assert filled.mergeable() == (first, second)
-        save(filled, first[0], replace(first[0], merged_in=1))
-        assert filled.mergeable() == (second,)
-
     def test_received_work_of_earlier_rounds_waits_for_its_verdict(self, filled: Store) -> None:
-        _, chosen = deliver(filled, "a", 0)
+        _, chosen = choose(filled, "a", 0)
         start = lease(filled, "b", 1, "bob-1")
         excused = save(filled, start, advance(examples.sketched(start), Excused())[0])
         other = lease(filled, "c", 2, "ada-2")
@@ -332,8 +293,12 @@ class StoreConformance:
     def test_a_round_keeps_everything_through_its_whole_life(self, filled: Store) -> None:
         start = filled.round(1)
         assert start == filled.latest_round() == examples.first_round()
+        assert start is not None
         entry = examples.merge_entry(examples.received(examples.leased()))
-        closed = save(filled, start, advance_round(start, Closed(now_ms=9_000, merge=(entry,)))[0])
+        out = examples.unmerge_entry(entry)
+        event = Closed(now_ms=9_000, merge=(entry,), unmerge=(out,), weigh_seed=examples.digest("weigh"))
+        closed = save(filled, start, advance_round(start, event)[0])
+        assert (closed.merge, closed.unmerge) == ((entry,), (out,))
         merging = save(filled, closed, advance_round(closed, MergeStarted())[0])
         with pytest.raises(StaleRow):
             save(filled, closed, merging)
@@ -367,6 +332,7 @@ class StoreConformance:
 
     def test_a_backup_holds_what_was_committed_and_opens_as_a_store(self, filled: Store, tmp_path: Path) -> None:
         unit, attempt = deliver(filled, "a", 0)
+        audit = add_audit(filled, examples.audit(attempt))
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir()
         target = elsewhere / "state.sqlite"
@@ -375,6 +341,7 @@ class StoreConformance:
 
         copy = self.open_store(elsewhere)
         assert copy.mergeable() == ((unit, attempt),)
+        assert copy.audit(audit.audit) == audit
         assert copy.next_open_unit(1) == examples.unit(1)
         copy.close()
         with pytest.raises(DirectoryNotEmpty):

@@ -182,5 +182,7 @@ def test_keys_are_readable_by_their_owner_only(founded: tuple[RunDirectory, RunI
     directory, _ = founded
     assert directory.keys.stat().st_mode & 0o777 == 0o700
     files = [*directory.keys.iterdir(), directory.root.parent / "root.pem"]
-    assert {path.name for path in files} == {"coordinator.pem", "tls.key", "tls.crt", "run_secret", "root.pem"}
+    assert {path.name for path in files} == {
+        "coordinator.pem", "tls.key", "tls.crt", "run_secret", "auditor.pem", "auditor-delegation.json", "root.pem",
+    }  # fmt: skip
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}

@@ -14,7 +14,7 @@ import pytest
 from commonweight.digits import load_digits, shard_bytes, write_digits
 from coordinator.directory import RunDirectory, RunIdentity
 from coordinator.forecast import forecast
-from coordinator.founding import found, renew
+from coordinator.founding import delegate_auditor, found, renew
 from coordinator.settings import Settings
 from coordinator.signed import differences
 from diloco.shards import ShardInfo, write_shard
@@ -29,10 +29,11 @@ from protocol.errors import (
     DirectoryNotEmpty,
     KeyUnreadable,
     LocalProblem,
+    Refusal,
     ShardCorrupt,
 )
 from protocol.keys import PrivateKey
-from protocol.limits import DAY_MS
+from protocol.limits import DAY_MS, DELEGATION_MS
 
 NOW_MS = 1_800_000_000_000
 Founding = Callable[..., RunIdentity]
@@ -264,3 +265,71 @@ def test_the_root_key_renews_the_delegation_and_no_other_key_does(founding: Foun
     assert after.delegation == renewed
     assert after.delegation.not_after_ms - before.delegation.not_after_ms == 365 * DAY_MS
     assert after.coordinator.public == before.coordinator.public
+
+
+# --- verification --------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_an_auditor_of_its_own_whom_the_root_delegated_and_renews(founding: Founding, tmp_path: Path) -> None:
+    founding()
+    directory = RunDirectory(tmp_path / "run")
+    own = PrivateKey.load(directory.auditor_key).public
+    after = NOW_MS + DELEGATION_MS + DAY_MS
+
+    assert directory.trust().admit_auditor(directory.auditor_delegation.read_bytes(), now_ms=NOW_MS) == own
+    with pytest.raises(DelegationInvalid, match="expired"):
+        directory.trust().admit_auditor(directory.auditor_delegation.read_bytes(), now_ms=after)
+    renew(directory, PrivateKey.load(tmp_path / "root.pem"), now_ms=NOW_MS + 30 * DAY_MS)
+    assert directory.trust().admit_auditor(directory.auditor_delegation.read_bytes(), now_ms=after) == own
+    assert directory.auditor_delegation.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_auditors_key_is_no_other_key_of_the_run(founding: Founding, tmp_path: Path) -> None:
+    identity = founding()
+    auditor = PrivateKey.load(RunDirectory(tmp_path / "run").auditor_key).public
+    assert auditor not in {identity.root_public, identity.coordinator.public}
+
+
+def test_the_root_key_and_no_other_lets_more_auditors_judge(founding: Founding, tmp_path: Path) -> None:
+    founding()
+    directory = RunDirectory(tmp_path / "run")
+    another = PrivateKey.generate().public
+    root = PrivateKey.load(tmp_path / "root.pem")
+    envelope = delegate_auditor(directory, root, another.hex, now_ms=NOW_MS)
+    assert directory.trust().admit_auditor(envelope, now_ms=NOW_MS) == another
+    with pytest.raises(DelegationInvalid, match="root key of this run"):
+        delegate_auditor(directory, PrivateKey.generate(), another.hex, now_ms=NOW_MS)
+    with pytest.raises(Refusal):
+        delegate_auditor(directory, root, "no key", now_ms=NOW_MS)
+
+
+def test_the_calibration_that_the_tolerances_come_from_is_published_and_named_in_the_run_config(
+    founding: Founding, tmp_path: Path
+) -> None:
+    calibration = b'{"measured": true}'
+    named = f"verification.evidence_sha256={hashlib.sha256(calibration).hexdigest()}"
+    identity = founding(named, calibration=calibration)
+    assert identity.config.verification.evidence_sha256 == hashlib.sha256(calibration).hexdigest()
+    assert (RunDirectory(tmp_path / "run").public / layout.CALIBRATION).read_bytes() == calibration
+
+
+def test_without_a_calibration_no_evidence_is_named_or_published(founding: Founding, tmp_path: Path) -> None:
+    assert founding().config.verification.evidence_sha256 is None
+    assert not (RunDirectory(tmp_path / "run").public / layout.CALIBRATION).exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "calibration", "sentence"),
+    [
+        ("a" * 64, None, r'is "aaaa.*but no calibration is given'),
+        ("a" * 64, b"another", r'is "aaaa.*but the calibration given to --calibration has "ae448ac8'),
+        (None, b"another", r"is not set, but the calibration given to --calibration has"),
+    ],
+)
+def test_evidence_that_is_not_the_calibration_is_refused_and_nothing_is_made(
+    founding: Founding, tmp_path: Path, named: str | None, calibration: bytes | None, sentence: str
+) -> None:
+    overrides = [] if named is None else [f"verification.evidence_sha256={named}"]
+    with pytest.raises(ConfigInvalid, match=r"verification.evidence_sha256 " + sentence):
+        founding(*overrides, calibration=calibration)
+    assert not (tmp_path / "run").exists()

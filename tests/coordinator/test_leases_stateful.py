@@ -1,5 +1,5 @@
-"""Random histories of leases, late claims, crashes and merges against the real store; what must hold is checked
-after every step."""
+"""Random histories of leases, late claims, doubts, crashes and merges against the real store; what must hold is
+checked after every step."""
 
 import shutil
 import tempfile
@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from coordinator.audits import AuditReason, Scrutiny
 from coordinator.clock import ManualClock
 from coordinator.owners import Device
 from coordinator.sqlite_store import SqliteStore
@@ -34,7 +35,7 @@ from coordinator.units import (
     needs_release,
 )
 from tests.coordinator import examples
-from tests.coordinator.store_conformance import fill
+from tests.coordinator.stored import fill
 
 UNITS = 3
 DEVICES = [examples.device("ada-1", "ada"), examples.device("ada-2", "ada"), examples.device("bob-1", "bob")]
@@ -74,12 +75,11 @@ class Leases(RuleBasedStateMachine):
                         assert unit is not None
                         if needs_release(unit, self.store.attempts_of_unit(name), self.clock.now_ms()):
                             self.store.save_unit(unit, advance(unit, UnitReleased())[0])
-                    case OfferToUnit(unit=name, lease=lease):
+                    case OfferToUnit(unit=name):
                         unit = self.store.unit(name)
                         assert unit is not None
-                        if unit.state is not UnitState.SETTLED:
-                            self.store.save_unit(unit, advance(unit, UnitAccepted(lease=lease))[0])
-                            self.chosen[name] = lease
+                        if unit.state is UnitState.OPEN:
+                            self.store.save_unit(unit, advance(unit, UnitAssigned())[0])
 
     def _some(self, pick: int, *states: AttemptState) -> Attempt | None:
         found = [attempt for attempt in self._attempts() if attempt.state in states]
@@ -123,26 +123,40 @@ class Leases(RuleBasedStateMachine):
         if attempt:
             self._apply(attempt, HandedBack())
 
-    @rule(pick=st.integers(0, 20))
-    def a_device_claims_in_time_or_late(self, pick: int) -> None:
+    @rule(pick=st.integers(0, 20), reason=st.sampled_from([None, AuditReason.DRAWN]))
+    def a_device_claims_in_time_or_late(self, pick: int, reason: AuditReason | None) -> None:
         attempt = self._some(pick, AttemptState.LEASED, AttemptState.EXPIRED)
         if attempt:
             deadline_ms = self.clock.now_ms() + LEASE_MS
-            self._apply(attempt, examples.claim_event(attempt.lease, deadline_ms=deadline_ms))
+            self._apply(attempt, examples.claim_event(attempt.lease, deadline_ms=deadline_ms, reason=reason))
 
     @rule(pick=st.integers(0, 20))
     def a_device_goes_on_with_its_claim(self, pick: int) -> None:
         attempt = self._some(pick, AttemptState.CLAIMED, AttemptState.SKETCHED)
         if attempt:
-            sketch, bytes_ = Sketched(sketch=examples.SKETCH), Received(receipt=b"receipt of bytes")
+            sketch, bytes_ = Sketched(sketch=examples.SKETCH), Received(receipt=b"receipt of bytes", late=0)
             self._apply(attempt, sketch if attempt.state is AttemptState.CLAIMED else bytes_)
+
+    @rule(pick=st.integers(0, 20), passes=st.booleans())
+    def an_audit_ends(self, pick: int, passes: bool) -> None:
+        waiting = [attempt for attempt in self._attempts() if attempt.scrutiny is Scrutiny.PENDING]
+        waiting = [attempt for attempt in waiting if attempt.state is AttemptState.RECEIVED]
+        if waiting and passes:
+            before = waiting[pick % len(waiting)]
+            with self.store.transaction():
+                self.store.save_attempt(before, replace(before, scrutiny=Scrutiny.CONFIRMED))
+        elif waiting:
+            self._apply(waiting[pick % len(waiting)], Judged(verdict_envelope=b"refuted"))
 
     @rule()
     def the_round_merges_what_there_is(self) -> None:
         with self.store.transaction():
             for unit, attempt in self.store.mergeable():
-                self.store.save_unit(unit, replace(unit, merged_in=1))
+                assert attempt.scrutiny is not Scrutiny.PENDING
+                accepted, _ = advance(unit, UnitAccepted(lease=attempt.lease))
+                self.store.save_unit(unit, replace(accepted, merged_in=1))
                 self.store.save_attempt(attempt, advance(attempt, Judged(verdict_envelope=b"merged"))[0])
+                self.chosen[unit.unit] = attempt.lease
         assert self.store.mergeable() == ()
 
     @rule()
@@ -184,8 +198,16 @@ class Leases(RuleBasedStateMachine):
         units, attempts = self.store.units(1), self._attempts()
         assert sum(self.store.unit_counts(1).values()) == len(units)
         assert self.store.outcome_counts()[Outcome.ACCEPTED] == sum(self.store.units_by_member().values())
-        received = {attempt.unit for attempt in attempts if attempt.state is AttemptState.RECEIVED}
-        assert self.store.received_count(1) == len(received)
+        received = [attempt for attempt in attempts if attempt.state is AttemptState.RECEIVED]
+        assert self.store.received_count(1) == len({attempt.unit for attempt in received})
+        settled = {unit.unit for unit in units if unit.state is UnitState.SETTLED}
+        ready = {attempt.unit for attempt in received if attempt.scrutiny is not Scrutiny.PENDING} - settled
+        assert self.store.ready_count(1) == len(ready) == len(self.store.mergeable())
+        doubted = {AttemptState.CLAIMED, AttemptState.SKETCHED, AttemptState.RECEIVED}
+        in_doubt = [
+            attempt for attempt in attempts if attempt.scrutiny is Scrutiny.PENDING and attempt.state in doubted
+        ]
+        assert self.store.in_doubt_count(1) == len(in_doubt)
 
 
 Leases.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)

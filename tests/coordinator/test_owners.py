@@ -9,6 +9,7 @@ from coordinator.owners import (
     AuditFailed,
     AuditPassed,
     Banned,
+    Cleared,
     OwnerState,
     Promoted,
     RecheckMerged,
@@ -18,7 +19,7 @@ from protocol.errors import IllegalTransition
 from tests.coordinator import examples
 from tests.coordinator.lifecycles import assert_every_state_is_reached_and_reaches_an_end, ends
 
-EVENTS: tuple[Any, ...] = (AuditPassed(), AuditFailed(), Promoted(), Banned())
+EVENTS: tuple[Any, ...] = (AuditPassed(trained_ms=100), AuditFailed(), Promoted(), Banned(), Cleared())
 
 
 @pytest.mark.parametrize(("state", "event"), list(product(OwnerState, EVENTS)))
@@ -32,20 +33,37 @@ def test_an_owner_moves_as_the_table_says_or_not_at_all(state: OwnerState, event
             advance(owner, event)
 
 
-def test_only_a_ban_is_an_end_and_it_can_always_come() -> None:
-    assert ends(TRANSITIONS) == {OwnerState.BANNED}
-    assert_every_state_is_reached_and_reaches_an_end(TRANSITIONS)
+def test_only_a_ban_is_an_end_it_can_always_come_and_only_another_referee_ends_it() -> None:
+    assert ends(TRANSITIONS) == set()
+    assert ends(TRANSITIONS, {Cleared}) == {OwnerState.BANNED}
+    assert_every_state_is_reached_and_reaches_an_end(TRANSITIONS, {Cleared})
+    assert {event for (state, event) in TRANSITIONS if state is OwnerState.BANNED} == {Cleared}
 
 
 def test_a_failed_audit_bans_nobody_but_trust_is_earned_again_from_the_start() -> None:
     owner = examples.owner()
     for _ in range(3):
-        owner, _ = advance(owner, AuditPassed())
+        owner, _ = advance(owner, AuditPassed(trained_ms=100))
     owner, _ = advance(owner, Promoted())
     assert (owner.state, owner.valid_in_row) == (OwnerState.ESTABLISHED, 3)
 
     owner, _ = advance(owner, AuditFailed())
     assert (owner.state, owner.valid_in_row) == (OwnerState.PROBATION, 0)
+
+
+def test_who_is_cleared_begins_again_on_probation() -> None:
+    owner = replace(examples.owner(), state=OwnerState.ESTABLISHED, valid_in_row=50)
+    banned, _ = advance(owner, Banned())
+    cleared, instructions = advance(banned, Cleared())
+    assert (cleared.state, cleared.valid_in_row) == (OwnerState.PROBATION, 0)
+    assert instructions == ()
+
+
+def test_the_audited_time_is_the_shortest_of_a_unit_that_passed() -> None:
+    owner = examples.owner()
+    for trained_ms in (300, 100, 200):
+        owner, _ = advance(owner, AuditPassed(trained_ms=trained_ms))
+    assert owner.audited_ms == 100
 
 
 def test_a_ban_asks_to_check_what_was_merged_from_the_owner() -> None:

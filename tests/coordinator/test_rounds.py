@@ -23,8 +23,10 @@ from tests.coordinator import examples
 from tests.coordinator.lifecycles import assert_every_state_is_reached_and_reaches_an_end, ends
 
 ENTRY = examples.merge_entry(examples.received(examples.leased()))
+OUT = examples.unmerge_entry(examples.merge_entry(examples.received(examples.leased("b", examples.unit(1)))))
+SEED = examples.digest("weigh")
 EVENTS: dict[type[Any], Any] = {
-    Closed: Closed(now_ms=5_000, merge=(ENTRY,)),
+    Closed: Closed(now_ms=5_000, merge=(ENTRY,), unmerge=(OUT,), weigh_seed=SEED),
     MergeStarted: MergeStarted(),
     MergeInterrupted: MergeInterrupted(),
     Published: Published(manifest_sha256=examples.digest("manifest")),
@@ -72,7 +74,7 @@ def test_the_merge_set_is_fixed_at_the_close_and_survives_an_interrupted_merge()
     merging, _ = advance(closed, MergeStarted())
     again, once_more = advance(merging, MergeInterrupted())
 
-    assert closed.merge == (ENTRY,)
+    assert (closed.merge, closed.unmerge, closed.weigh_seed) == ((ENTRY,), (OUT,), SEED)
     assert closed.closed_ms == 5_000
     assert again == closed
     assert instructions == once_more == (MergeRound(round=1),)
@@ -85,25 +87,26 @@ def test_a_published_round_names_its_manifest_and_asks_for_the_next_round() -> N
 
 
 @pytest.mark.parametrize(
-    ("after_ms", "received", "settled", "due"),
+    ("after_ms", "ready", "ended", "due"),
     [
-        (0, 4, 4, True),  # everything is here
-        (0, 3, 4, True),  # everything is settled, one of it rejected
-        (0, 2, 2, False),  # enough, but the window is open
-        (9_999, 2, 2, False),
-        (10_000, 2, 2, True),
-        (10_000, 1, 1, False),  # the window has passed, too little is here
-        (10**9, 0, 4, False),  # nothing to merge
+        (0, 4, 0, True),  # everything can be merged
+        (0, 3, 1, True),  # one unit ended without a merge, the others can be merged
+        (0, 2, 1, False),  # enough, but the window is open, and the fourth may still come or pass its audit
+        (9_999, 2, 0, False),
+        (10_000, 2, 0, True),
+        (10_000, 1, 0, False),  # the window has passed, too little is ready: newcomers' work waits for its audits
+        (10**9, 0, 3, False),  # nothing to merge
+        (10**9, 0, 4, False),
     ],
 )
-def test_a_round_closes_when_all_is_settled_or_the_window_has_passed_with_enough(
-    after_ms: int, received: int, settled: int, due: bool
+def test_a_round_closes_when_all_is_ready_or_ended_or_the_window_has_passed_with_enough(
+    after_ms: int, ready: int, ended: int, due: bool
 ) -> None:
     collecting = examples.first_round()
-    facts = RoundFacts(now_ms=collecting.opened_ms + after_ms, received=received, settled=settled, total=4)
+    facts = RoundFacts(now_ms=collecting.opened_ms + after_ms, ready=ready, ended=ended, total=4)
     assert is_due(collecting, RULES, facts) is due
 
 
 @pytest.mark.parametrize("state", [RoundState.CLOSED, RoundState.MERGING, RoundState.PUBLISHED])
 def test_a_round_closes_once(state: RoundState) -> None:
-    assert not is_due(a_round(state), RULES, RoundFacts(now_ms=10**9, received=4, settled=4, total=4))
+    assert not is_due(a_round(state), RULES, RoundFacts(now_ms=10**9, ready=4, ended=0, total=4))

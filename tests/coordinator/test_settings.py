@@ -1,12 +1,16 @@
 """run.toml: what is read, what is refused and with which words, and what the template says."""
 
+import math
 import os
 import tomllib
 from pathlib import Path
 
+import annotated_types
 import pytest
+from pydantic.fields import FieldInfo
 
 from coordinator.settings import TEMPLATE, Settings, describe_settings, render
+from coordinator.settings_problems import known_settings
 from coordinator.signed import differences, run_config
 from protocol.documents import Digest, RunConfig, RunId, ShardRef, parse_payload, payload_of
 from protocol.errors import ConfigInvalid
@@ -58,7 +62,36 @@ def test_a_value_out_of_range_is_named_with_its_range() -> None:
     assert refusal("[training]\nbeta1 = 1") == "training.beta1 is 1; it must be a number at least 0, below 1."
     assert refusal("[training]\ntext_dropout = 1.01").endswith("it must be a number from 0 to 1.")
     assert refusal("[training]\nlr = nan").startswith("training.lr is NaN; it must be a number above 0")
-    assert refusal('[verification]\nmode = "all"') == 'verification.mode is "all"; it must be "none".'
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("mode=all", 'mode is "all"; it must be "replay" or "none".'),
+        ("tolerance=0", "tolerance is 0; it must be a number above 0, at most 1."),
+        ("code_tolerance=1.5", "code_tolerance is 1.5; it must be a number above 0, at most 1."),
+        ("tolerance=tight", 'tolerance is "tight"; it must be a number above 0, at most 1.'),
+        ("probation=0", "probation is 0; it must be a whole number from 1 to 10,000."),
+        ("floor=1.5", "floor is 1.5; it must be a number from 0 to 1."),
+        ("referee_share=-1", "referee_share is -1; it must be a number from 0 to 1."),
+        ("ramp=0", "ramp is 0; it must be a whole number from 1 to 1,000,000."),
+        ("owner_cap=0", "owner_cap is 0; it must be a number from 0.001 to 1."),
+        (
+            "weighting=loudest",
+            'weighting is "loudest"; it must be "mean" or "geometric-median" or "multi-krum" or "nnm-clip".',
+        ),
+        ("hostile_share=0.5", "hostile_share is 0.5; it must be a number from 0 to 0.49."),
+        ("norm_bound=0.5", "norm_bound is 0.5; it must be a number at least 1."),
+        ("norm_bound=inf", "norm_bound is Infinity; it must be a number at least 1."),
+        ("screen_triples=65537", "screen_triples is 65537; it must be a whole number from 0 to 65,536."),
+        (
+            "evidence_sha256=abc",
+            'evidence_sha256 is "abc"; it must be a SHA-256 in 64 hex digits, or be left out.',
+        ),
+    ],
+)
+def test_a_wrong_rule_of_verification_is_named_with_what_would_be_right(override: str, sentence: str) -> None:
+    assert refusal("", f"verification.{override}") == f"verification.{sentence}"
 
 
 def test_an_unknown_setting_is_answered_with_the_nearest_known_one() -> None:
@@ -160,12 +193,46 @@ def test_an_override_wins_over_the_file_and_texts_need_no_quotes() -> None:
 
 def test_shares_and_seconds_become_the_integers_of_the_run_config() -> None:
     settings = Settings.parse(
-        "", ["training.text_dropout=0.25", "rounds.staleness_discount=0.5", "rounds.lease_seconds=1.5"]
+        "",
+        [
+            "training.text_dropout=0.25",
+            "rounds.staleness_discount=0.5",
+            "rounds.lease_seconds=1.5",
+            "verification.floor=0.125",
+            "verification.owner_cap=1",
+        ],
     )
     config = config_of(settings)
     assert config.training.text_dropout == 2**14
     assert config.rounds.staleness_discount == 2**23
     assert config.rounds.lease_ms == 1500
+    assert config.verification.floor == 2**21
+    assert config.verification.owner_cap == 2**24
+
+
+def _extremes(field: FieldInfo) -> list[float]:
+    """The smallest and the largest value that a numeric setting may have."""
+    found: list[float] = []
+    for part in field.metadata:
+        match part:
+            case annotated_types.Ge(ge=bound) | annotated_types.Le(le=bound):
+                found.append(float(str(bound)))
+            case annotated_types.Gt(gt=bound):
+                found.append(math.nextafter(float(str(bound)), math.inf))
+            case annotated_types.Lt(lt=bound):
+                found.append(math.nextafter(float(str(bound)), -math.inf))
+    return [int(value) for value in found] if field.annotation is int else found
+
+
+@pytest.mark.parametrize("name", [name for name, field in known_settings(Settings) if _extremes(field)])
+def test_whatever_the_settings_allow_the_run_config_can_say(name: str) -> None:
+    section, key = name.split(".")
+    field = dict(known_settings(Settings))[name]
+    for value in _extremes(field):
+        changed = getattr(Settings(), section).model_copy(update={key: value})
+        type(changed).model_validate(changed.model_dump())
+        config = config_of(Settings().model_copy(update={section: changed}))
+        assert parse_payload(RunConfig, payload_of(config)) == config, (name, value)
 
 
 def test_the_run_config_survives_being_signed_and_read() -> None:
@@ -176,20 +243,39 @@ def test_the_run_config_survives_being_signed_and_read() -> None:
 
 def test_every_signed_setting_that_differs_is_named_with_both_values() -> None:
     config = config_of(Settings())
-    changed = Settings.parse("", ["training.lr=0.003", "training.text_dropout=0.2", "rounds.lease_seconds=60"])
+    changed = Settings.parse(
+        "",
+        [
+            "training.lr=0.003",
+            "training.text_dropout=0.2",
+            "rounds.lease_seconds=60",
+            "verification.floor=0.1",
+            "verification.mode=none",
+        ],
+    )
     found = [str(difference) for difference in differences(changed, config)]
     assert found == [
         "training.lr is 0.003 in run.toml, but 0.004 in the signed run.",
         "training.text_dropout is 0.2 in run.toml, but 0.1 in the signed run.",
         "rounds.lease_seconds is 60 in run.toml, but 300 in the signed run.",
+        'verification.mode is "none" in run.toml, but "replay" in the signed run.',
+        "verification.floor is 0.1 in run.toml, but 0.05 in the signed run.",
     ]
 
 
 def test_only_server_and_storage_are_not_signed() -> None:
     config = config_of(Settings())
-    # There is one choice only for two of the settings; the others get a value that is allowed and not the default.
-    fixed = {"model.preset", "verification.mode"}
-    fitting = {"training.steps": "60", "codec.block": "64", "rounds.min_units": "2"}
+    # There is one choice only for one of the settings; the others get a value that is allowed and not the default.
+    fixed = {"model.preset"}
+    fitting = {
+        "training.steps": "60",
+        "codec.block": "64",
+        "rounds.min_units": "2",
+        "verification.mode": "none",
+        "verification.weighting": "mean",
+        "verification.norm_bound": "7.5",
+        "verification.evidence_sha256": "a" * 64,
+    }
     by_kind = {"int": "7", "float": "0.125", "str": "other"}
     for name in [described.name for described in describe_settings()]:
         section, key = name.split(".")

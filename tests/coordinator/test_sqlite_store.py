@@ -4,141 +4,28 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from coordinator.sql_files import MIGRATIONS, parse_queries, read_sql
+from coordinator.sql_files import MIGRATIONS, read_sql
 from coordinator.sqlite_store import SqliteStore
 from coordinator.store import Store
-from coordinator.units import Judged, UnitAccepted, advance
+from coordinator.units import UnitAccepted, advance
 from protocol.errors import DatabaseTooNew, DirectoryInUse, DirectoryNotARun
 from protocol.log import EMPTY_LOG_HEAD, next_head
 from tests.coordinator import examples
-from tests.coordinator.store_conformance import StoreConformance, deliver, fill, lease, save
+from tests.coordinator.store_audit_conformance import AuditConformance
+from tests.coordinator.store_conformance import StoreConformance
+from tests.coordinator.stored import DATABASE, fill, lease
 
 ROOT = Path(__file__).parents[2]
-DATABASE = "state.sqlite"
 
 
-class TestSqliteStore(StoreConformance):
+class TestSqliteStore(StoreConformance, AuditConformance):
     def open_store(self, directory: Path) -> Store:
         return SqliteStore.open(directory / DATABASE)
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    """A database with one merged unit, one claimed and one leased attempt, a log of two, and evidence."""
-    store = SqliteStore.open(tmp_path / DATABASE)
-    fill(store)
-    _, merged = deliver(store, "merged", 0)
-    save(store, merged, advance(merged, Judged(verdict_envelope=b"verdict"))[0])
-    claimed = lease(store, "claimed", 1, "ada-1")
-    save(store, claimed, examples.claimed(claimed))
-    lease(store, "leased", 2, "ada-2")
-    with store.transaction():
-        store.append_log("claim", b"{}")
-        store.append_log("verdict", b"{}")
-        store.add_evidence(claimed.lease, b"other")
-    store.close()
-    return tmp_path / DATABASE
-
-
-@pytest.fixture
-def raw(database: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that a careless program could have: our schema, none of our code."""
-    with closing(sqlite3.connect(database, isolation_level=None)) as connection:
-        connection.execute("PRAGMA foreign_keys=ON")
-        yield connection
-
-
-MERGED, CLAIMED, LEASED = (f"lease = '{examples.lease_id(name)}'" for name in ("merged", "claimed", "leased"))
-IMPOSSIBLE = {
-    "a leased attempt with a claim": f"UPDATE attempts SET state = 'leased' WHERE {CLAIMED}",
-    "a claim without a receipt": f"UPDATE attempts SET claim_receipt = NULL WHERE {CLAIMED}",
-    "a claim without artifacts": f"UPDATE attempts SET artifacts = '[]' WHERE {CLAIMED}",
-    "another claim under the same lease": f"UPDATE attempts SET claim_sha256 = '{'0' * 64}' WHERE {CLAIMED}",
-    "a sketch before a claim": f"UPDATE attempts SET sketch = zeroblob(4096) WHERE {LEASED}",
-    "a short sketch": f"UPDATE attempts SET state = 'sketched', sketch = zeroblob(12) WHERE {CLAIMED}",
-    "received without a receipt": f"UPDATE attempts SET state = 'received' WHERE {CLAIMED}",
-    "judged without a verdict": f"UPDATE attempts SET state = 'judged' WHERE {CLAIMED}",
-    "a verdict on an open claim": f"UPDATE attempts SET verdict_envelope = x'00' WHERE {CLAIMED}",
-    "a judged attempt that goes on": f"UPDATE attempts SET state = 'received' WHERE {MERGED}",
-    "an unknown state": f"UPDATE attempts SET state = 'paused' WHERE {LEASED}",
-    "text for a number": f"UPDATE attempts SET deadline_ms = 'soon' WHERE {LEASED}",
-    "an attempt in another round than its unit": f"UPDATE attempts SET round = 2 WHERE {LEASED}",
-    "an attempt that is forgotten though merged": f"DELETE FROM attempts WHERE {MERGED}",
-    "two leases of one device": (
-        "INSERT INTO attempts (lease, unit, round, device, owner, state, deadline_ms, lease_envelope, lease_sha256, "
-        f"artifacts) SELECT '{'0' * 32}', '{examples.unit(3).unit}', round, device, owner, state, deadline_ms, "
-        f"lease_envelope, lease_sha256, artifacts FROM attempts WHERE {LEASED}"
-    ),
-    "two leases of one unit": (
-        "INSERT INTO attempts (lease, unit, round, device, owner, state, deadline_ms, lease_envelope, lease_sha256, "
-        f"artifacts) SELECT '{'0' * 32}', unit, round, '{examples.device('bob-1', 'bob').device}', owner, state, "
-        f"deadline_ms, lease_envelope, lease_sha256, artifacts FROM attempts WHERE {LEASED}"
-    ),
-    "a malformed lease id": f"UPDATE attempts SET lease = 'A{'0' * 31}' WHERE {LEASED}",
-    "settled without an outcome": f"UPDATE units SET state = 'settled' WHERE unit = '{examples.unit(3).unit}'",
-    "an outcome while open": f"UPDATE units SET outcome = 'rejected' WHERE unit = '{examples.unit(3).unit}'",
-    "accepted without a choice": (
-        f"UPDATE units SET state = 'settled', outcome = 'accepted' WHERE unit = '{examples.unit(3).unit}'"
-    ),
-    "a choice of another unit's attempt": (
-        f"UPDATE units SET state = 'settled', outcome = 'accepted', chosen = '{examples.lease_id('merged')}' "
-        f"WHERE unit = '{examples.unit(3).unit}'"
-    ),
-    "a choice of an attempt without bytes": (
-        f"UPDATE units SET state = 'settled', outcome = 'accepted', chosen = '{examples.lease_id('claimed')}' "
-        f"WHERE unit = '{examples.unit(1).unit}'"
-    ),
-    "merged without being accepted": f"UPDATE units SET merged_in = 1 WHERE unit = '{examples.unit(3).unit}'",
-    "merged into the past": f"UPDATE units SET merged_in = 0 WHERE unit = '{examples.unit(0).unit}'",
-    "a settled unit that opens again": (
-        f"UPDATE units SET state = 'open', outcome = NULL, chosen = NULL WHERE unit = '{examples.unit(0).unit}'"
-    ),
-    "two units with one index": f"UPDATE units SET \"index\" = 2 WHERE unit = '{examples.unit(3).unit}'",
-    "a unit of a round that is not there": f"UPDATE units SET round = 9 WHERE unit = '{examples.unit(3).unit}'",
-    "two rounds at once": "INSERT INTO rounds (round, state, opened_ms, merge) VALUES (2, 'collecting', 5, '[]')",
-    "a merge set before the close": "UPDATE rounds SET merge = '[{}]'",
-    "published without a manifest": "UPDATE rounds SET state = 'published', closed_ms = 5000",
-    "closed before it was opened": "UPDATE rounds SET state = 'closed', closed_ms = 1",
-    "a device without an owner": f"UPDATE devices SET owner = '{'0' * 64}'",
-    "two owners with one pseudonym": f"UPDATE owners SET member = '{examples.owner('ada').member}'",
-    "a log entry that is rewritten": "UPDATE log SET body = x'00' WHERE position = 1",
-    "a log that is cut": "DELETE FROM log WHERE position = 2",
-    "a gap in the log": "INSERT INTO log VALUES (4, 'claim', x'00', zeroblob(32))",
-    "evidence without a lease": f"INSERT INTO evidence VALUES ('{'0' * 32}', 1, x'00')",
-}
-
-
-@pytest.mark.parametrize("statement", IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
-def test_the_schema_refuses(raw: sqlite3.Connection, statement: str) -> None:
-    with pytest.raises(sqlite3.IntegrityError):
-        assert raw.execute(statement).rowcount > 0
-
-
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [
-        ("UPDATE owners SET state = 'banned'", "UPDATE owners SET state = 'established'"),
-        (
-            "UPDATE rounds SET state = 'closed', closed_ms = 5000, merge = '[1]'",
-            "UPDATE rounds SET state = 'merging', merge = '[2]'",
-        ),
-        (
-            "UPDATE rounds SET state = 'published', closed_ms = 5000, manifest_sha256 = 'a'",
-            "UPDATE rounds SET manifest_sha256 = 'b'",
-        ),
-        ("UPDATE units SET merged_in = 1 WHERE chosen IS NOT NULL", "UPDATE units SET merged_in = 2"),
-    ],
-)
-def test_what_is_final_stays(raw: sqlite3.Connection, first: str, then: str) -> None:
-    assert raw.execute(first).rowcount > 0
-    with pytest.raises(sqlite3.IntegrityError):
-        raw.execute(then)
 
 
 def test_a_chosen_attempt_may_be_saved_after_the_unit_that_chooses_it(tmp_path: Path) -> None:
@@ -151,7 +38,8 @@ def test_a_chosen_attempt_may_be_saved_after_the_unit_that_chooses_it(tmp_path: 
         with store.transaction():
             store.save_unit(unit, accepted)
             store.save_attempt(start, examples.received(start))
-        assert store.mergeable() == ((accepted, examples.received(start)),)
+        assert store.unit(unit.unit) == accepted
+        assert store.attempt(start.lease) == examples.received(start)
 
 
 def test_a_constraint_that_speaks_at_the_end_undoes_the_whole_transaction(tmp_path: Path) -> None:
@@ -257,19 +145,6 @@ def test_a_backup_of_nothing_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DirectoryNotARun):
             store.backup_to(tmp_path / "copy.sqlite")
     assert not list(tmp_path.glob("copy*"))
-
-
-# --- speed ---------------------------------------------------------------------------------------------------
-
-
-def test_no_statement_of_every_day_scans_a_table(raw: sqlite3.Connection) -> None:
-    for_screens = {"device_count", "outcome_counts", "units_by_member"}
-    for name, statement in parse_queries(read_sql("queries.sql")).items():
-        values = dict.fromkeys(re.findall(r":(\w+)", statement), 1)
-        plan = [row[3] for row in raw.execute("EXPLAIN QUERY PLAN " + statement, values)]
-        scans = [step for step in plan if step.startswith("SCAN") and "USING INDEX units_to_merge" not in step]
-        if name not in for_screens | {"latest_round", "log_head"}:  # these two read one row from the end
-            assert scans == [], name
 
 
 # --- crashes -------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 
+from coordinator.audits import AuditReason, Scrutiny
 from coordinator.units import (
     ATTEMPT_TRANSITIONS,
     NEVER_MS,
     UNIT_TRANSITIONS,
     Attempt,
     AttemptState,
+    BytesWanted,
     Claimed,
     Excused,
     Expired,
@@ -19,6 +21,7 @@ from coordinator.units import (
     Outcome,
     PublishVerdict,
     Received,
+    Rejudged,
     ReleaseUnit,
     Sketched,
     UnitAbandoned,
@@ -44,9 +47,11 @@ UNIT_EVENTS: dict[type[Any], Any] = {
 ATTEMPT_EVENTS: dict[type[Any], Any] = {
     Claimed: examples.claim_event("a"),
     Sketched: Sketched(sketch=examples.SKETCH),
-    Received: Received(receipt=b"receipt"),
+    Received: Received(receipt=b"receipt", late=1),
     Excused: Excused(),
+    BytesWanted: BytesWanted(deadline_ms=777),
     Judged: Judged(verdict_envelope=b"verdict"),
+    Rejudged: Rejudged(verdict_envelope=b"another verdict"),
     Expired: Expired(),
     HandedBack: HandedBack(),
 }
@@ -135,28 +140,41 @@ def test_a_lease_that_ends_asks_to_release_its_unit(event: Any) -> None:
 
 def test_received_bytes_are_offered_to_the_unit() -> None:
     attempt = an_attempt(AttemptState.SKETCHED)
-    moved, instructions = advance(attempt, Received(receipt=b"receipt"))
-    assert moved.bytes_receipt == b"receipt"
+    moved, instructions = advance(attempt, Received(receipt=b"receipt", late=2))
+    assert (moved.bytes_receipt, moved.late) == (b"receipt", 2)
     assert instructions == (OfferToUnit(unit=attempt.unit, lease=attempt.lease),)
 
 
+@pytest.mark.parametrize("reason", [None, *AuditReason])
+def test_a_claim_that_is_to_be_audited_must_not_be_merged_before(reason: AuditReason | None) -> None:
+    claimed, _ = advance(examples.leased(), examples.claim_event("a", reason=reason))
+    assert claimed.scrutiny is (Scrutiny.PENDING if reason else Scrutiny.NONE)
+    assert (claimed.reason, claimed.trained_ms, claimed.epoch, claimed.audit_share) == (reason, 9_000, 1, 838_861)
+
+
+def test_an_excused_replica_shows_its_bytes_when_they_are_wanted_after_all() -> None:
+    excused = an_attempt(AttemptState.EXCUSED)
+    wanted, instructions = advance(excused, BytesWanted(deadline_ms=777))
+    assert (wanted.state, wanted.deadline_ms, wanted.sketch) == (AttemptState.SKETCHED, 777, excused.sketch)
+    assert instructions == ()
+
+
 @pytest.mark.parametrize(
-    ("state", "released"),
-    [
-        (AttemptState.CLAIMED, True),
-        (AttemptState.SKETCHED, True),
-        (AttemptState.RECEIVED, False),
-        (AttemptState.EXCUSED, False),
-    ],
+    "state", [AttemptState.CLAIMED, AttemptState.SKETCHED, AttemptState.RECEIVED, AttemptState.EXCUSED]
 )
-def test_a_verdict_is_published_and_frees_the_unit_of_an_attempt_that_did_not_deliver(
-    state: AttemptState, released: bool
-) -> None:
+def test_a_verdict_is_published_and_frees_the_unit(state: AttemptState) -> None:
     attempt = an_attempt(state)
     judged, instructions = advance(attempt, Judged(verdict_envelope=b"verdict"))
     assert judged.verdict_envelope == b"verdict"
     assert PublishVerdict(lease=attempt.lease, verdict_envelope=b"verdict") in instructions
-    assert (ReleaseUnit(unit=attempt.unit) in instructions) == released
+    assert ReleaseUnit(unit=attempt.unit) in instructions
+
+
+def test_a_verdict_that_changes_is_published_again_and_frees_nothing() -> None:
+    judged = an_attempt(AttemptState.JUDGED)
+    again, instructions = advance(judged, Rejudged(verdict_envelope=b"restored"))
+    assert again == replace(judged, verdict_envelope=b"restored")
+    assert instructions == (PublishVerdict(lease=judged.lease, verdict_envelope=b"restored"),)
 
 
 def test_a_verdict_belongs_to_a_claim_and_every_judged_claim_has_one() -> None:

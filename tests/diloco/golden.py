@@ -20,13 +20,15 @@ from diloco.codec import encode
 from diloco.container import write_container
 from diloco.draws import Draws
 from diloco.genesis import initial_state
-from diloco.merge import MergeInput, OuterConfig, merge_round, normalise_weights
+from diloco.merge import MergeInput, OuterConfig, UnmergeInput, merge_round, normalise_weights
 from diloco.schema import schema_of
 from diloco.sketch import sketch
 from diloco.streams import Stream
 from diloco.tables import Floats, logit_normal_table
 from diloco.unit import run_unit
+from diloco.weigh import delta_norm2, gram, weigh_delta
 from tests.diloco.examples import CODEC, SCHEMA, SEED, TINY, UNIT, UNIT_ID, container, encoded, normals, shard_set
+from verify.robust import robust_shares
 
 HERE = Path(__file__).parent
 DIGESTS = HERE / "golden.json"
@@ -46,6 +48,7 @@ def digests() -> dict[str, str]:
     found["codec"] = encoded(1).content_digest().hex()
     with tempfile.TemporaryDirectory() as directory:
         found |= _merge(Path(directory))
+        found |= _weighing(Path(directory))
     return found
 
 
@@ -80,6 +83,30 @@ def _merge(directory: Path) -> dict[str, str]:
         "merge.weights": merged.weights.sha256.hex(),
         "merge.momentum": merged.momentum.sha256.hex(),
         "sketch": _hex(sketch(inputs[0].container.decoded_chunks(), SEED)),
+    }
+
+
+def _weighing(directory: Path) -> dict[str, str]:
+    """What the weights of a merge follow from, and a delta taken out again; `directory` holds the merge's files."""
+    deltas = [container(directory, number) for number in range(7)]
+    weighings = [weigh_delta(delta, SEED) for delta in deltas]
+    sketches = [weighing.sketch for weighing in weighings]
+    shares = [100 + 7 * number for number in range(7)]
+    found = {
+        f"weights.{rule}": _hex(np.array(robust_shares(rule, gram(sketches), shares, hostile_share=2**22)))
+        for rule in ("geometric-median", "multi-krum", "nnm-clip")
+    }
+    taken_out = UnmergeInput(container=deltas[0], weight=4_567_890, rounds_ago=3)
+    result = merge_round(
+        directory / "base", directory / "momentum", [], OUTER, directory / "w", directory / "m", unmerge=[taken_out]
+    )
+    return found | {
+        "weigh.sketch": _hex(np.stack(sketches)),
+        "weigh.norm2": _hex(np.array([weighing.norm2 for weighing in weighings])),
+        "norm2": _hex(np.array([delta_norm2(delta) for delta in deltas])),
+        "weigh.gram": _hex(gram(sketches)),
+        "unmerge.weights": result.weights.sha256.hex(),
+        "unmerge.momentum": result.momentum.sha256.hex(),
     }
 
 

@@ -1,7 +1,9 @@
+import math
+
 import numpy as np
 import pytest
 
-from diloco.evaluate import heldout_loss
+from diloco.evaluate import heldout_loss, heldout_losses
 from diloco.genesis import initial_state
 from diloco.tables import Floats
 from diloco.unit import run_unit
@@ -30,3 +32,11 @@ def test_a_model_that_predicts_zero_has_the_loss_of_noise_minus_picture() -> Non
     # adaLN-zero starts with an output of zero: E (noise - x0)^2 = 1 + E x0^2.
     power = np.mean([float(np.mean(shard_set().sample(i).latent.astype(np.float64) ** 2)) for i in range(33)])
     assert loss(BASE) == pytest.approx(1.0 + power, rel=0.1)
+
+
+def test_the_losses_of_single_triples_make_up_the_mean_and_rise_in_time() -> None:
+    triples = heldout_losses(TINY, BASE, shard_set(), SEED, count=50, batch=16, max_tokens=4, device="cpu")
+    assert math.fsum(triple.loss for triple in triples) / 50 == loss(BASE)
+    moments = [triple.t for triple in triples]
+    assert moments == sorted(moments)
+    assert 0.0 < moments[0] < 0.2 < 0.8 < moments[-1] < 1.0

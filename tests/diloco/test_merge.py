@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from diloco.checkpoint import TensorFile, write_checkpoint
 from diloco.codec import EncodedDelta
 from diloco.container import Container, write_container
-from diloco.merge import WEIGHT_ONE, MergeInput, OuterConfig, merge_round, normalise_weights
+from diloco.merge import WEIGHT_ONE, MergeInput, OuterConfig, UnmergeInput, merge_round, normalise_weights
 from diloco.schema import Schema, TensorSpec
 from diloco.tables import Floats
 from protocol.errors import CheckpointCorrupt, DeltaNotFinite
@@ -113,6 +113,81 @@ def test_a_claim_cannot_be_merged_twice_and_weights_cannot_exceed_one(tmp_path: 
         merged(tmp_path, [heavy, items[1]])
     with pytest.raises(ValueError, match="at least one delta"):
         merged(tmp_path, [])
+
+
+# --- taking a delta out again --------------------------------------------------------------------------------
+
+
+def history(
+    directory: Path, rounds: list[list[MergeInput]], name: str, unmerge: list[UnmergeInput]
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Merge round after round from the base; take out in the last one."""
+    weights, momentum = directory / "base", None
+    for number, items in enumerate(rounds):
+        made = directory / f"{name}{number}.weights", directory / f"{name}{number}.momentum"
+        out = unmerge if number + 1 == len(rounds) else []
+        merge_round(weights, momentum, items, OUTER, *made, unmerge=out, schema=SCHEMA)
+        weights, momentum = made
+    assert momentum is not None
+    return TensorFile.open(weights).load(), TensorFile.open(momentum).load()
+
+
+def without(items: list[MergeInput], number: int) -> list[MergeInput]:
+    return [item for item in items if item.claim_digest != CLAIMS[number]]
+
+
+@pytest.mark.usefixtures("base")
+@pytest.mark.parametrize("rounds_ago", [0, 1, 4])
+def test_a_delta_taken_out_leaves_the_run_as_if_it_had_never_been_merged(tmp_path: Path, rounds_ago: int) -> None:
+    items = inputs(tmp_path)
+    later = [items[:1]] * rounds_ago + [items[2:]]
+    poison = UnmergeInput(container=items[1].container, weight=WEIGHTS[1], rounds_ago=rounds_ago)
+    mended = history(tmp_path, [items, *later], "mended", [poison])
+    clean = history(tmp_path, [without(items, 1), *later], "clean", [])
+    for spec in SCHEMA.tensors:
+        # fp32 rounds each of the steps of a weight of up to 4; deltas are of 1e-3.
+        assert float(np.max(np.abs(mended[0][spec.name] - clean[0][spec.name]))) < 2e-6
+        assert float(np.max(np.abs(mended[1][spec.name] - clean[1][spec.name]))) < 1e-9
+
+
+@pytest.mark.usefixtures("base")
+def test_several_deltas_are_taken_out_in_one_order_however_they_are_given(tmp_path: Path) -> None:
+    items = inputs(tmp_path)[:2]
+    removals = []
+    for number, item in enumerate(items):
+        path = tmp_path / f"unit{number}"
+        write_container(path, encoded(number, SCHEMA), bytes([number]) * 32)
+        opened = Container.open(path, SCHEMA, CODEC, bytes([number]) * 32)
+        removals.append(UnmergeInput(container=opened, weight=item.weight, rounds_ago=0))
+    one = history(tmp_path, [items, []], "one", removals)
+    two = history(tmp_path, [items, []], "two", removals[::-1])
+    assert all(np.array_equal(one[0][name], two[0][name]) for name in one[0])
+
+
+@pytest.mark.usefixtures("base")
+def test_a_round_without_deltas_lets_the_momentum_move_on(tmp_path: Path, base: dict[str, Floats]) -> None:
+    first = history(tmp_path, [inputs(tmp_path)], "first", [])
+    weights, momentum = history(tmp_path, [inputs(tmp_path), []], "second", [])
+    f = np.float32
+    for spec in SCHEMA.tensors:
+        v = f(0.9) * first[1][spec.name]
+        assert np.array_equal(momentum[spec.name], v)
+        assert np.array_equal(weights[spec.name], first[0][spec.name] - f(0.7) * (f(0) + f(0.9) * v))
+
+
+@pytest.mark.usefixtures("base")
+def test_what_cannot_have_been_merged_cannot_be_taken_out(tmp_path: Path) -> None:
+    items = inputs(tmp_path)
+    removal = UnmergeInput(container=items[0].container, weight=WEIGHTS[0], rounds_ago=0)
+    for removals, said in (
+        ([removal, removal], "only once"),
+        ([UnmergeInput(container=items[0].container, weight=-1, rounds_ago=0)], "0 to 1"),
+        ([UnmergeInput(container=items[0].container, weight=1, rounds_ago=-1)], "0 or more rounds"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            history(tmp_path, [items, items], "x", removals)
+    with pytest.raises(ValueError, match="before the first round"):
+        history(tmp_path, [items], "x", [removal])
 
 
 def test_a_base_of_another_model_is_refused(tmp_path: Path) -> None:

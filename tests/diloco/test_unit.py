@@ -2,10 +2,13 @@ import dataclasses
 import hashlib
 import subprocess
 import sys
+from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diloco.codec import encode
 from diloco.container import Container
@@ -171,12 +174,62 @@ def test_the_learning_rate_rises_linearly_and_follows_the_units_scale() -> None:
         ("text_dropout", 65537),
         ("max_tokens", 0),
         ("segment_steps", 0),
-        ("precision", "bf16"),
+        ("precision", "fp16"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(TRAINING, **{field: value})  # type: ignore[arg-type]
+
+
+# With eps as runs in bf16 need it: AdamW from zero moments makes whole steps of tiny gradients, which are rounding.
+IN_BF16 = with_training(precision="bf16", eps=1e-5)
+
+
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+
+
+class MatrixProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the precision of every matrix product and attention, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket in _PRODUCTS or "attention" in str(func):
+            self.seen[args[0].dtype] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("unit", "dtype"), [(UNIT, torch.float32), (IN_BF16, torch.bfloat16)])
+def test_every_matrix_product_of_a_unit_is_in_the_runs_precision(unit: UnitSpec, dtype: torch.dtype) -> None:
+    with MatrixProducts() as products:
+        run(dataclasses.replace(unit, training=dataclasses.replace(unit.training, steps=3)))
+    assert set(products.seen) == {dtype}
+    assert products.seen[dtype] > 3 * 30
+
+
+def test_bf16_trains_fp32_weights_to_nearly_the_same_delta() -> None:
+    rough, fine = run(IN_BF16), run(with_training(eps=1e-5))
+    assert all(values.dtype == np.float32 for values in rough.delta.values())
+    assert 0.0 < relative_squared_difference(rough.delta, fine.delta) < 0.1**2
+    assert rough.loss_last == pytest.approx(fine.loss_last, rel=0.01)
+    # Weights that were kept in bf16 would move by its coarse steps only, and small updates would be lost.
+    moved = np.abs(rough.delta["proj_out.weight"])
+    assert len(np.unique(moved)) > 0.9 * moved.size
+
+
+def test_a_batch_in_parts_gives_the_same_gradients_but_for_rounding() -> None:
+    whole = run()
+    for parts in (2, 4):
+        result = run_unit(UNIT, TINY, BASE, shard_set(), device="cpu", on_step=None, parts=parts)
+        assert 0.0 < relative_squared_difference(result.delta, whole.delta) < 1e-3**2
+        assert result.loss_last == pytest.approx(whole.loss_last, rel=1e-4)
+    with pytest.raises(ValueError, match="batch of 8 cannot be cut into 3"):
+        run_unit(UNIT, TINY, BASE, shard_set(), device="cpu", on_step=None, parts=3)
 
 
 def test_every_setting_of_the_inner_loop_must_be_given() -> None:

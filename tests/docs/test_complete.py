@@ -12,7 +12,9 @@ from docs.protocol_tables import SIGNERS, error_classes, limit_reasons
 from protocol import layout
 from protocol.documents import DOCUMENTS
 from protocol.service import CALLS
+from protocol.verdicts import VerdictCode
 from tests.docs.pages import DOCS, ROOT, inline_code
+from worker.audit_progress import AUDIT_EVENTS
 from worker.progress import EVENTS
 
 PAGES_OF = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("protocol", "operating", "volunteering")}
@@ -56,6 +58,13 @@ def test_every_worker_event_is_documented_with_its_fields() -> None:
         assert row[1] == ", ".join(f"`{field.name}`" for field in fields(event))
 
 
+def test_every_event_of_an_auditor_is_documented_with_its_fields() -> None:
+    for event in AUDIT_EVENTS:
+        row = re.search(rf"^\| `{event.NAME}` \| (.*?) \|", PAGES_OF["operating"], re.MULTILINE)
+        assert row is not None, event.NAME
+        assert row[1] == ", ".join(f"`{field.name}`" for field in fields(event))
+
+
 @pytest.mark.parametrize(("name", "command"), sorted(walk()), ids=lambda part: part if isinstance(part, str) else "")
 def test_every_command_and_each_of_its_options_is_documented(name: str, command: object) -> None:
     section = re.search(rf"^#### `{name}`\n(.*?)(?=^#|\Z)", DOCS, re.MULTILINE | re.DOTALL)
@@ -67,11 +76,11 @@ def test_every_command_and_each_of_its_options_is_documented(name: str, command:
 
 
 def test_every_verdict_code_is_documented() -> None:
-    source = (ROOT / "coordinator" / "claims.py").read_text()
-    codes = set(re.findall(r'"(?:accepted|rejected)", "([A-Z_]+)"', source))
-    assert len(codes) >= 3
-    for code in codes:
-        assert f"| `{code}` | " in PAGES_OF["protocol"]
+    source = (ROOT / "protocol" / "verdicts.py").read_text()
+    outcomes = dict(re.findall(r"^    ([A-Z_]+) = .*# (accepted|rejected)", source, re.MULTILINE))
+    assert outcomes.keys() == {code.value for code in VerdictCode}
+    for code, outcome in outcomes.items():
+        assert f"| `{code}` | {outcome} | " in PAGES_OF["protocol"]
 
 
 def test_every_kind_of_log_entry_is_documented() -> None:
@@ -84,7 +93,7 @@ def test_every_kind_of_log_entry_is_documented() -> None:
 
 def test_every_kind_of_public_file_is_documented() -> None:
     checkpoint = layout.checkpoint_directory(12)
-    paths = [layout.RUN_CONFIG, layout.ROOT_KEY, layout.DELEGATION, layout.LATEST]
+    paths = [layout.RUN_CONFIG, layout.ROOT_KEY, layout.DELEGATION, layout.LATEST, layout.CALIBRATION]
     paths += [f"{checkpoint}/{path}" for path in (layout.MANIFEST, layout.WEIGHTS, layout.MOMENTUM)]
     paths += [layout.shard_path("SHA256"), layout.delta_path("SHA256"), layout.log_path(12), layout.metrics_path(12)]
     for path in paths:

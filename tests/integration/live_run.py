@@ -23,8 +23,9 @@ SMALL = (
     "training.warmup_steps=1",
     "rounds.shards_per_unit=1",
     "storage.reserve_mib=1",
+    "verification.mode=none",
 )
-"""Settings of a run whose units train in a moment."""
+"""Settings of a run whose units train in a moment, and are taken as they come."""
 
 
 def free_port() -> int:

@@ -16,6 +16,7 @@ from protocol.documents import (
     Lease,
     Manifest,
     MergeEntry,
+    Opinion,
     OuterStep,
     OwnerRevocation,
     Rounds,
@@ -25,7 +26,9 @@ from protocol.documents import (
     ShardRef,
     StateEntry,
     Training,
+    UnmergeEntry,
     Verdict,
+    Verification,
     digest_of,
 )
 from protocol.keys import PrivateKey
@@ -35,6 +38,7 @@ COORDINATOR = PrivateKey.from_seed(b"\x02" * 32)
 OWNER = PrivateKey.from_seed(b"\x03" * 32)
 DEVICE = PrivateKey.from_seed(b"\x04" * 32)
 STRANGER = PrivateKey.from_seed(b"\x05" * 32)
+AUDITOR = PrivateKey.from_seed(b"\x06" * 32)
 
 RUN = RunId(ROOT.public.key_id)
 CERTIFICATE = "c0" * 32
@@ -47,7 +51,21 @@ def run_config(*, shards: int = 5, shards_per_unit: int = 2, units: int = 4, pla
     return RunConfig(
         name="example",
         numerics=1,
-        verification="none",
+        verification=Verification(
+            mode="replay",
+            tolerance=1e-3,
+            code_tolerance=1e-3,
+            probation=19,
+            floor=838_861,
+            referee_share=1_677_722,
+            ramp=40,
+            owner_cap=2**22,
+            weighting="nnm-clip",
+            hostile_share=6_710_886,
+            norm_bound=3.0,
+            screen_triples=64,
+            evidence_sha256="e7" * 32,
+        ),
         seed="5e" * 32,
         model={"_class_name": "SD3Transformer2DModel", "num_layers": 4, "dual_attention_layers": []},
         conditioning={"kind": "byte-patch", "max_tokens": 8},
@@ -125,27 +143,51 @@ CLAIM = Claim(
     device_class="cpu-x86_64-avx2-torch2.13-t1",
 )
 DELEGATION = Delegation(run=RUN, role="coordinator", public_key=COORDINATOR.public.hex, not_after_ms=LATER_MS)
+AUDITOR_DELEGATION = Delegation(run=RUN, role="auditor", public_key=AUDITOR.public.hex, not_after_ms=LATER_MS)
 ENDPOINT = Endpoint(
     run=RUN, certificate_sha256=CERTIFICATE, public_url="http://example.org:8080/run", not_after_ms=LATER_MS
 )
-CLAIM_RECEIPT = ClaimReceipt(run=RUN, claim=digest_of(CLAIM), epoch=1, log_position=7, sketch_seed="5c" * 32)
+CLAIM_RECEIPT = ClaimReceipt(
+    run=RUN,
+    claim=digest_of(CLAIM),
+    epoch=1,
+    log_position=7,
+    sketch_seed="5c" * 32,
+    audit_share=2**24,
+    secret_sha256="5e" * 32,
+)
 BYTES_RECEIPT = BytesReceipt(run=RUN, claim=digest_of(CLAIM), artifacts=(ARTIFACT,), log_position=8)
 VERDICT = Verdict(
     run=RUN,
     claim=digest_of(CLAIM),
     unit=LEASE.unit,
     outcome="accepted",
-    code="ACCEPTED",
+    code="MERGED",
     sentence="Merged into checkpoint 1.",
     weight=2**22,
     checkpoint=1,
 )
+OPINION = Opinion(
+    run=RUN,
+    claim=digest_of(CLAIM),
+    unit=LEASE.unit,
+    auditor=AUDITOR.public.key_id,
+    finding="confirmed",
+    raw_difference=1.5e-6,
+    code_difference=0.0,
+    trail_agrees=False,
+    content_sha256="ca" * 32,
+    seconds=12.5,
+    trainer_version="commonweight 0.1.0",
+    device_class="cpu-x86_64-avx2-torch2.13-t1",
+)
 MANIFEST = Manifest(
     run=RUN,
     config_sha256=CONFIG_SHA256,
-    checkpoint=1,
+    checkpoint=2,
     previous_manifest_sha256="0a" * 32,
     outer=CONFIG.outer,
+    weigh_seed="5d" * 32,
     merged=(
         MergeEntry(
             claim=digest_of(CLAIM),
@@ -157,6 +199,21 @@ MANIFEST = Manifest(
             weight=2**24,
             samples=1920,
             member="3e" * 32,
+            audited=True,
+            influence=2**24,
+            late=1,
+        ),
+    ),
+    unmerged=(
+        UnmergeEntry(
+            claim="c1" * 32,
+            unit="a2" * 32,
+            checkpoint=1,
+            blob_sha256="b2" * 32,
+            content_sha256="cb" * 32,
+            size=ARTIFACT.size,
+            weight=2**20,
+            member="3f" * 32,
         ),
     ),
     files=(FileEntry(path="transformer/weights.safetensors", sha256="fa" * 32, size=1),),
@@ -185,6 +242,7 @@ EXAMPLES: tuple[Document, ...] = (
     CLAIM_RECEIPT,
     BYTES_RECEIPT,
     VERDICT,
+    OPINION,
     MANIFEST,
 )
 """One of each, in the order of `protocol.documents.DOCUMENTS`."""

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from protocol.canonical import canonical_json, sha256_hex
 from protocol.documents import (
     DOCUMENTS,
-    Claim,
     Delegation,
     Document,
     Endpoint,
@@ -37,6 +36,7 @@ from tests.protocol.examples import (
     EXAMPLES,
     LEASE,
     MANIFEST,
+    OPINION,
     STRANGER,
     VERDICT,
 )
@@ -128,13 +128,14 @@ GOLDEN = {
     "OwnerRevocation": "4d6f00807a6db35e",
     "Endpoint": "8b84b4caeb8afd1e",
     "SessionProof": "fc816c6eddabd9b5",
-    "RunConfig": "1462eb27c54182da",
-    "Lease": "2c9fb71f6e55e971",
-    "Claim": "8ec90592abe21608",
-    "ClaimReceipt": "6b15e0d55aef8b62",
-    "BytesReceipt": "c400b772b8c616ed",
-    "Verdict": "0274b36623da653f",
-    "Manifest": "08968576a0df64f5",
+    "RunConfig": "ad1101a0d822c844",
+    "Lease": "b91bff274c1f1cea",
+    "Claim": "89ee13fc6ed8f4e2",
+    "ClaimReceipt": "480dc5ae1359d5bb",
+    "BytesReceipt": "e5c296466697e3aa",
+    "Verdict": "66528c0a3a389d6c",
+    "Opinion": "8a90ca87eee6a0af",
+    "Manifest": "e5bd442fc97eb43c",
 }
 
 
@@ -164,8 +165,9 @@ def test_no_member_may_be_of_another_type(document: Document, path: Path) -> Non
         is_number = type(original) in (int, float) and type(wrong) in (int, float)
         is_text = isinstance(original, str) and isinstance(wrong, str) and path[-1] == "terms"
         is_object = isinstance(original, dict) and isinstance(wrong, dict) and path[-1] in FREE
-        is_empty_list = path == ("merged",) and wrong == []
-        if is_number or is_text or is_object or is_empty_list:
+        is_empty_list = path in {("merged",), ("unmerged",)} and wrong == []
+        is_flag = isinstance(original, bool) and isinstance(wrong, bool)
+        if is_number or is_text or is_object or is_empty_list or is_flag:
             continue  # the right type; ranges have their own test
         with pytest.raises(DocumentRefused):
             parse_payload(type(document), _with(payload, path, wrong))
@@ -211,7 +213,30 @@ OUT_OF_RANGE: list[tuple[Document, Path, Any]] = [
     (MANIFEST, ("merged", 0, "weight"), -1),
     (MANIFEST, ("merged", 0, "round"), 0),
     *((MANIFEST, ("files", 0, "path"), path) for path in BAD_PATHS),
-    (CONFIG, ("verification",), "trust me"),
+    (CONFIG, ("verification", "mode"), "trust me"),
+    (CONFIG, ("verification", "floor"), 2**24 + 1),
+    (CONFIG, ("verification", "owner_cap"), 0),
+    (CONFIG, ("verification", "hostile_share"), 2**23),
+    (CONFIG, ("verification", "tolerance"), 0),
+    (CONFIG, ("verification", "code_tolerance"), 1.5),
+    (CONFIG, ("verification", "probation"), 0),
+    (CONFIG, ("verification", "referee_share"), -1),
+    (CONFIG, ("verification", "ramp"), 0),
+    (CONFIG, ("verification", "weighting"), "loudest"),
+    (CONFIG, ("verification", "norm_bound"), 0.5),
+    (CONFIG, ("verification", "screen_triples"), 65_537),
+    (CONFIG, ("verification", "evidence_sha256"), "e7"),
+    (CLAIM_RECEIPT, ("audit_share",), 2**24 + 1),
+    (CLAIM_RECEIPT, ("secret_sha256",), "secret"),
+    (MANIFEST, ("merged", 0, "influence"), 2**24 + 1),
+    (MANIFEST, ("merged", 0, "late"), -1),
+    (MANIFEST, ("unmerged", 0, "checkpoint"), 0),
+    (MANIFEST, ("unmerged", 0, "weight"), -1),
+    (MANIFEST, ("weigh_seed",), "5d"),
+    (OPINION, ("finding",), "maybe"),
+    (OPINION, ("raw_difference",), -1.0),
+    (OPINION, ("code_difference",), -1.0),
+    (OPINION, ("seconds",), -0.5),
     (CONFIG, ("terms",), "t" * 65_537),
     (CONFIG, ("data", "shards"), []),
     (CONFIG, ("data", "shards", 0, "samples"), 0),
@@ -220,7 +245,7 @@ OUT_OF_RANGE: list[tuple[Document, Path, Any]] = [
     (CONFIG, ("training", "batch"), 65_537),
     (CONFIG, ("training", "segment_steps"), 0),
     (CONFIG, ("training", "text_dropout"), 65_537),
-    (CONFIG, ("training", "precision"), "bf16"),
+    (CONFIG, ("training", "precision"), "fp8"),
     (CONFIG, ("codec", "kind"), "pickle"),
     (CONFIG, ("codec", "block"), 8),
     (CONFIG, ("rounds", "planned"), 0),
@@ -239,12 +264,23 @@ def test_a_value_out_of_range_is_refused_and_its_member_named(document: Document
 
 
 @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
-def test_a_loss_that_is_no_finite_number_is_refused(number: bytes) -> None:
-    payload = payload_of(CLAIM)
-    changed = payload.replace(b'"loss":0.125', b'"loss":' + number)
+@pytest.mark.parametrize(
+    ("document", "member"),
+    [
+        (CLAIM, b'"loss":0.125'),
+        (CONFIG, b'"norm_bound":3'),
+        (CONFIG, b'"tolerance":0.001'),
+        (OPINION, b'"raw_difference":0.0000015'),
+        (OPINION, b'"code_difference":0'),
+        (OPINION, b'"seconds":12.5'),
+    ],
+)
+def test_a_measurement_that_is_no_finite_number_is_refused(document: Document, member: bytes, number: bytes) -> None:
+    payload = payload_of(document)
+    changed = payload.replace(member, member.partition(b":")[0] + b":" + number)
     assert changed != payload
     with pytest.raises(PayloadInvalid):
-        parse_payload(Claim, changed)
+        parse_payload(type(document), changed)
 
 
 @pytest.mark.parametrize("document", EXAMPLES, ids=_name)
@@ -254,10 +290,12 @@ def test_members_that_a_reader_does_not_know_are_ignored(document: Document) -> 
 
 
 @pytest.mark.parametrize("document", EXAMPLES, ids=_name)
-@pytest.mark.parametrize("number", [0, 2, "1", 1.0, True, None, [1], "\ud800"])
+@pytest.mark.parametrize("number", ["older", "newer", 0, "1", 1.0, True, None, [1], "\ud800"])
 def test_an_unknown_format_is_refused_before_anything_else_is_read(document: Document, number: Any) -> None:
+    known = document.FORMAT
+    number = {"older": known - 1, "newer": known + 1}.get(number, number) if isinstance(number, str) else number
     payload = json.dumps({"format": number}).encode()
-    with pytest.raises(FormatUnknown, match="this version reads format 1") as caught:
+    with pytest.raises(FormatUnknown, match=f"this version reads format {known}") as caught:
         parse_payload(type(document), payload)
     str(caught.value).encode()  # it goes into a gRPC status
 
@@ -300,7 +338,7 @@ def test_a_manifest_finds_its_files_by_path_and_by_role() -> None:
     assert MANIFEST.file(entry.path) is entry
     assert MANIFEST.state_file("weights") is entry
     assert MANIFEST.state_file("momentum") is None
-    with pytest.raises(PayloadInvalid, match=r"checkpoint 1 lists no file nowhere\.txt"):
+    with pytest.raises(PayloadInvalid, match=r"checkpoint 2 lists no file nowhere\.txt"):
         MANIFEST.file("nowhere.txt")
     dangling = dataclasses.replace(MANIFEST, state=(dataclasses.replace(MANIFEST.state[0], path="nowhere.txt"),))
     with pytest.raises(PayloadInvalid):

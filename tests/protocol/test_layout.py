@@ -18,7 +18,8 @@ def test_public_paths_are_fixed() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [layout.WEIGHTS, layout.MOMENTUM, layout.RUN_CONFIG, layout.ROOT_KEY, layout.DELEGATION]
+    "path",
+    [layout.WEIGHTS, layout.MOMENTUM, layout.RUN_CONFIG, layout.ROOT_KEY, layout.DELEGATION, layout.CALIBRATION],
 )
 def test_every_file_of_a_checkpoint_can_be_listed_in_its_manifest(path: str) -> None:
     manifest = replace(MANIFEST, files=(FileEntry(path=path, sha256="ab" * 32, size=1),))

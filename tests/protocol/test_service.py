@@ -40,6 +40,7 @@ from protocol.wire import coordinator_pb2
 
 PROTO_SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"]
 OPEN_CALLS = {"GetEndpoint", "GetStatus", "GetNonce", "OpenSession"}
+AUDITORS_CALLS = {"TakeAudit", "ReadArtifact", "SubmitOpinions"}
 
 
 def test_the_table_has_exactly_the_methods_of_the_proto_file() -> None:
@@ -69,6 +70,10 @@ def test_every_call_has_an_auth_rule_and_only_four_are_open() -> None:
     assert {name for name, call in CALLS.items() if call.auth is Auth.OPEN} == OPEN_CALLS
 
 
+def test_only_auditors_judge() -> None:
+    assert {name for name, call in CALLS.items() if call.auth is Auth.AUDITOR} == AUDITORS_CALLS
+
+
 class Coordinator:
     """Serves two calls; the error that the next call raises is set from outside. The others are not reached."""
 
@@ -96,6 +101,7 @@ class Coordinator:
 
     GetEndpoint = GetNonce = OpenSession = LeaseUnit = HandBack = _never
     SubmitClaim = SubmitSketch = GetUpload = GetVerdicts = _never
+    Appeal = TakeAudit = ReadArtifact = SubmitOpinions = _never
 
 
 def test_a_server_with_a_missing_implementation_does_not_start() -> None:

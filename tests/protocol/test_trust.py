@@ -19,6 +19,8 @@ from protocol.keys import PrivateKey
 from protocol.limits import CLOCK_SKEW_MS, MAX_ENVELOPE_BYTES
 from protocol.trust import RunTrust
 from tests.protocol.examples import (
+    AUDITOR,
+    AUDITOR_DELEGATION,
     BYTES_RECEIPT,
     CERTIFICATE,
     CLAIM_RECEIPT,
@@ -77,6 +79,7 @@ def test_steps_cannot_be_taken_out_of_order() -> None:
     too_early: list[Callable[[], object]] = [
         lambda: fresh.root,
         lambda: fresh.admit_delegation(sign(DELEGATION, ROOT), now_ms=NOW_MS),
+        lambda: fresh.admit_auditor(sign(AUDITOR_DELEGATION, ROOT), now_ms=NOW_MS),
         lambda: fresh.admit_config(sign(CONFIG, ROOT)),
         lambda: rooted.coordinator,
         lambda: rooted.admit_endpoint(sign(ENDPOINT, COORDINATOR), certificate_sha256=CERTIFICATE, now_ms=NOW_MS),
@@ -135,6 +138,40 @@ def test_step_2_stops_a_stolen_coordinator_key_after_its_time() -> None:
         trust.admit_delegation(envelope, now_ms=LATER_MS + CLOCK_SKEW_MS + 1)
     with pytest.raises(RuntimeError):
         _ = trust.coordinator
+
+
+# --- beside: auditors ----------------------------------------------------------------------------------------
+
+
+def test_an_auditor_whom_the_root_delegated_is_believed_and_does_not_become_the_coordinator() -> None:
+    trust = _after_delegation()
+    assert trust.admit_auditor(sign(AUDITOR_DELEGATION, ROOT), now_ms=NOW_MS) == AUDITOR.public
+    assert trust.coordinator == COORDINATOR.public
+
+
+@pytest.mark.parametrize("signer", [AUDITOR, COORDINATOR, STRANGER])
+def test_an_auditor_whom_anybody_but_the_root_named_is_refused(signer: PrivateKey) -> None:
+    with pytest.raises(SignatureInvalid):
+        _after_root().admit_auditor(sign(AUDITOR_DELEGATION, signer), now_ms=NOW_MS)
+
+
+def test_a_key_delegated_in_another_role_does_not_judge() -> None:
+    for role in ("coordinator", "release"):
+        delegation = replace(AUDITOR_DELEGATION, role=role)
+        with pytest.raises(DelegationInvalid, match=f"delegated as {role}, not as auditor"):
+            _after_root().admit_auditor(sign(delegation, ROOT), now_ms=NOW_MS)
+
+
+def test_an_auditor_of_another_run_of_the_same_root_is_refused() -> None:
+    with pytest.raises(WrongRun):
+        _after_root().admit_auditor(sign(replace(AUDITOR_DELEGATION, run=OTHER_RUN), ROOT), now_ms=NOW_MS)
+
+
+def test_an_auditors_delegation_ends() -> None:
+    envelope = sign(AUDITOR_DELEGATION, ROOT)
+    _after_root().admit_auditor(envelope, now_ms=LATER_MS + CLOCK_SKEW_MS)
+    with pytest.raises(DelegationInvalid, match="auditor's delegation has expired"):
+        _after_root().admit_auditor(envelope, now_ms=LATER_MS + CLOCK_SKEW_MS + 1)
 
 
 # --- 3: the run config ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A small run, really trained, merged and published, with the keys at hand so that tests can sign forgeries."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,21 +10,21 @@ import numpy as np
 from diloco.checkpoint import TensorFile, write_checkpoint
 from diloco.container import Container, write_container
 from diloco.genesis import initial_state
-from diloco.merge import MergeInput, merge_round
+from diloco.merge import MergeInput, UnmergeInput, merge_round
 from diloco.shards import Shard, ShardInfo, ShardSet, write_shard
+from diloco.weigh import weigh_delta
 from mmdit.conditioning import ConditioningConfig, encode_caption
 from mmdit.config import MMDiTConfig
 from mmdit.export import write_description
 from mmdit.space import PixelSpace
 from protocol import layout
-from protocol.assignment import unit_id, unit_seed, unit_shards
+from protocol.assignment import member_of, unit_id, unit_seed, unit_shards
 from protocol.canonical import canonical_json, sha256_hex
 from protocol.documents import (
     ArtifactLimit,
     Codec,
     DataSet,
     Delegation,
-    Digest,
     FileEntry,
     Lease,
     Manifest,
@@ -36,6 +36,8 @@ from protocol.documents import (
     ShardRef,
     StateEntry,
     Training,
+    UnmergeEntry,
+    Verification,
     digest_of,
     parse_payload,
     sign,
@@ -44,12 +46,15 @@ from protocol.envelope import parse_envelope
 from protocol.keys import PrivateKey
 from protocol.log import EMPTY_LOG_HEAD, LogEntry, log_line, next_head
 from verify.admission import file_sha256
+from verify.policy import ONE, weigh_seed
 from verify.replay import codec_config, delta_schema, outer_config, replay_unit, unit_samples
 from verify.weights import Candidate, merge_weights
 
 ROOT = PrivateKey.from_seed(b"\x01" * 32)
 COORDINATOR = PrivateKey.from_seed(b"\x02" * 32)
 STRANGER = PrivateKey.from_seed(b"\x05" * 32)
+OWNERS = tuple(PrivateKey.from_seed(bytes([0x10 + number]) * 32) for number in range(3))
+"""Unit (round, index) is trained by owner number `index`."""
 RUN = RunId(ROOT.public.key_id)
 SEED = bytes(range(32))
 
@@ -74,6 +79,23 @@ SPACE = PixelSpace(channels=1, height=4, width=4, shift=-1.0, scale=2.0)
 MERGED_UNITS: tuple[tuple[tuple[int, int], ...], ...] = (((1, 0), (1, 1)), ((1, 2), (2, 0), (2, 1), (2, 2)))
 """Which (round, index) each checkpoint after 0 merges: unit (1, 2) came late."""
 
+REPLAY = Verification(
+    mode="replay",
+    tolerance=1e-3,
+    code_tolerance=0.02,
+    probation=19,
+    floor=838_861,
+    referee_share=1_677_722,
+    ramp=40,
+    owner_cap=2**23,
+    weighting="nnm-clip",
+    hostile_share=6_710_886,
+    norm_bound=3.0,
+    screen_triples=0,
+    evidence_sha256=None,
+)
+UNCHECKED = replace(REPLAY, mode="none")
+
 
 def shard_bytes(number: int) -> bytes:
     """A shard of 12 pictures, dark or light, with captions to match."""
@@ -91,12 +113,12 @@ def _shard_ref(content: bytes) -> ShardRef:
     return ShardRef(sha256=sha256_hex(content), size=len(content), samples=12)
 
 
-def run_config(genesis_sha256: str) -> RunConfig:
+def run_config(genesis_sha256: str, verification: Verification = REPLAY) -> RunConfig:
     """The run's config around the digest of its first weights."""
     return RunConfig(
         name="tiny",
         numerics=1,
-        verification="none",
+        verification=verification,
         seed=SEED.hex(),
         model=MODEL.to_diffusers(),
         conditioning={"kind": "byte-patch", "max_tokens": 4, "token_dim": 52, "pooled_dim": 8},
@@ -196,40 +218,82 @@ class PublishedRun:
 
     def forge(self, number: int, change: Callable[[Manifest], Manifest]) -> None:
         """Change what a checkpoint's manifest says, and sign it and all later ones again."""
-        later = range(number + 1, 1 + len(MERGED_UNITS))
-        self.publish([change(self.manifest(number)), *(self.manifest(n) for n in later)])
+        later: list[Manifest] = []
+        while (self.checkpoint(number + 1 + len(later)) / layout.MANIFEST).exists():
+            later.append(self.manifest(number + 1 + len(later)))
+        self.publish([change(self.manifest(number)), *later])
 
     def copy(self, target: Path) -> "PublishedRun":
         """A mirror that a test may spoil."""
         return PublishedRun(public=Path(shutil.copytree(self.public, target)), config=self.config)
 
 
-def publish_run(public: Path) -> PublishedRun:
-    """Found, train, merge and publish the run under `public`."""
+def publish_run(
+    public: Path,
+    *,
+    verification: Verification = REPLAY,
+    merged_units: Sequence[Sequence[tuple[int, int]]] = MERGED_UNITS,
+    taken_out: Mapping[int, Sequence[tuple[int, int]]] | None = None,
+) -> PublishedRun:
+    """Found, train, merge and publish the run under `public`.
+
+    Args:
+        merged_units: which (round, index) each checkpoint after 0 merges.
+        taken_out: which (round, index) a checkpoint takes out again.
+    """
     genesis = public / layout.checkpoint_directory(0)
     (genesis / layout.WEIGHTS).parent.mkdir(parents=True)
     written = write_checkpoint(genesis / layout.WEIGHTS, initial_state(MODEL, SEED))
-    config = run_config(written.sha256.hex())
+    config = run_config(written.sha256.hex(), verification)
     run = PublishedRun(public=public, config=config)
     _write_papers(public, config)
     (public / "deltas").mkdir()
-    run.publish([_manifest(run, 0, ())])
-    for number, units in enumerate(MERGED_UNITS, start=1):
+    run.publish([_manifest(run, 0, (), ())])
+    before: dict[str, UnmergeEntry] = {}
+    for number, units in enumerate(merged_units, start=1):
         merged = _merge_entries(run, number, [_train(run, *unit) for unit in units])
-        place = run.checkpoint(number)
-        for path in (layout.WEIGHTS, layout.MOMENTUM):
-            (place / path).parent.mkdir(parents=True)
-        base = run.checkpoint(number - 1)
-        merge_round(
-            base / layout.WEIGHTS,
-            base / layout.MOMENTUM if number > 1 else None,
-            [_merge_input(run, entry) for entry in merged],
-            outer_config(config),
-            place / layout.WEIGHTS,
-            place / layout.MOMENTUM,
-        )
-        run.publish([_manifest(run, number, merged)])
+        out_again = [unit_id(digest_of(config), *unit) for unit in (taken_out or {}).get(number, ())]
+        removed = tuple(before[unit] for unit in out_again)
+        _merge(run, number, merged, removed)
+        run.publish([_manifest(run, number, merged, removed)])
+        before |= {entry.unit: _removal(entry, number) for entry in merged}
     return run
+
+
+def _merge(run: PublishedRun, number: int, merged: Sequence[MergeEntry], removed: Sequence[UnmergeEntry]) -> None:
+    base, place = run.checkpoint(number - 1), run.checkpoint(number)
+    for path in (layout.WEIGHTS, layout.MOMENTUM):
+        (place / path).parent.mkdir(parents=True)
+    merge_round(
+        base / layout.WEIGHTS,
+        base / layout.MOMENTUM if number > 1 else None,
+        [
+            MergeInput(claim_digest=bytes.fromhex(entry.claim), container=_container(run, entry), weight=entry.weight)
+            for entry in merged
+        ],
+        outer_config(run.config),
+        place / layout.WEIGHTS,
+        place / layout.MOMENTUM,
+        unmerge=[
+            UnmergeInput(
+                container=_container(run, entry), weight=entry.weight, rounds_ago=number - 1 - entry.checkpoint
+            )
+            for entry in removed
+        ],
+    )
+
+
+def _removal(entry: MergeEntry, checkpoint: int) -> UnmergeEntry:
+    return UnmergeEntry(
+        claim=entry.claim,
+        unit=entry.unit,
+        checkpoint=checkpoint,
+        blob_sha256=entry.blob_sha256,
+        content_sha256=entry.content_sha256,
+        size=entry.size,
+        weight=entry.weight,
+        member=entry.member,
+    )
 
 
 def _write_papers(directory: Path, config: RunConfig) -> None:
@@ -252,37 +316,49 @@ def _train(run: PublishedRun, round_number: int, index: int) -> tuple[Lease, Pat
 def _merge_entries(
     run: PublishedRun, number: int, trained: Sequence[tuple[Lease, Path, bytes]]
 ) -> tuple[MergeEntry, ...]:
-    samples = unit_samples(run.config)
-    claims = [Digest(sha256_hex(canonical_json(["a claim for", lease.unit]))) for lease, _, _ in trained]
-    candidates = [
-        Candidate(claim=claim, round=lease.round, samples=samples)
-        for claim, (lease, _, _) in zip(claims, trained, strict=True)
-    ]
-    weights = merge_weights(candidates, merging_round=number, rules=run.config.rounds)
-    return tuple(
+    entries = [
         MergeEntry(
-            claim=claim,
+            claim=sha256_hex(canonical_json(["a claim for", lease.unit])),
             unit=lease.unit,
             round=lease.round,
             blob_sha256=file_sha256(path),
             content_sha256=content.hex(),
             size=path.stat().st_size,
-            weight=weight,
-            samples=samples,
-            member="3e" * 32,
+            weight=0,
+            samples=unit_samples(run.config),
+            member=member_of(RUN, OWNERS[lease.index].public.key_id),
+            audited=False,
+            influence=ONE,
+            late=number - lease.round,
         )
-        for claim, (lease, path, content), weight in zip(claims, trained, weights, strict=True)
+        for lease, path, content in trained
+    ]
+    seed = _weigh_seed(run, number)
+    weighings = None if seed is None else [weigh_delta(_container(run, each), bytes.fromhex(seed)) for each in entries]
+    weights = merge_weights(
+        [Candidate.of(entry) for entry in entries],
+        rules=run.config.rounds,
+        verification=run.config.verification,
+        sketches=None if weighings is None else [weighing.sketch for weighing in weighings],
+        norms2=None if weighings is None else [weighing.norm2 for weighing in weighings],
     )
+    return tuple(replace(entry, weight=weight) for entry, weight in zip(entries, weights, strict=True))
 
 
-def _merge_input(run: PublishedRun, entry: MergeEntry) -> MergeInput:
+def _weigh_seed(run: PublishedRun, number: int) -> str | None:
+    if run.config.verification.mode == "none" or not number:
+        return None
+    return weigh_seed(b"a secret of this epoch, 32 bytes.", number).hex()
+
+
+def _container(run: PublishedRun, entry: MergeEntry | UnmergeEntry) -> Container:
     path = run.public / layout.delta_path(entry.blob_sha256)
-    unit = bytes.fromhex(entry.unit)
-    container = Container.open(path, delta_schema(run.config), codec_config(run.config), unit)
-    return MergeInput(claim_digest=bytes.fromhex(entry.claim), container=container, weight=entry.weight)
+    return Container.open(path, delta_schema(run.config), codec_config(run.config), bytes.fromhex(entry.unit))
 
 
-def _manifest(run: PublishedRun, number: int, merged: tuple[MergeEntry, ...]) -> Manifest:
+def _manifest(
+    run: PublishedRun, number: int, merged: tuple[MergeEntry, ...], removed: tuple[UnmergeEntry, ...]
+) -> Manifest:
     place = run.checkpoint(number)
     write_description(place, config=MODEL, conditioning=CONDITIONING, space=SPACE)
     _write_papers(place, run.config)
@@ -294,7 +370,9 @@ def _manifest(run: PublishedRun, number: int, merged: tuple[MergeEntry, ...]) ->
         checkpoint=number,
         previous_manifest_sha256=None,
         outer=run.config.outer,
+        weigh_seed=_weigh_seed(run, number),
         merged=merged,
+        unmerged=removed,
         files=tuple(
             FileEntry(path=path, sha256=file_sha256(place / path), size=(place / path).stat().st_size) for path in paths
         ),

@@ -7,7 +7,7 @@ import pytest
 
 from mmdit.export import load_checkpoint
 from protocol import layout
-from protocol.assignment import unit_id
+from protocol.assignment import member_of, unit_id
 from protocol.documents import FileEntry, Manifest, MergeEntry, RunId, digest_of, sign
 from protocol.errors import (
     BytesRefused,
@@ -20,7 +20,7 @@ from protocol.errors import (
     UsageError,
     WrongRun,
 )
-from tests.verify.examples import COORDINATOR, ROOT, RUN, STRANGER, PublishedRun
+from tests.verify.examples import COORDINATOR, OWNERS, ROOT, RUN, STRANGER, UNCHECKED, PublishedRun, publish_run
 from verify.admission import file_sha256
 from verify.rebuild import RebuiltRound, rebuild
 
@@ -180,6 +180,10 @@ def _drop_one(manifest: Manifest) -> Manifest:
     return replace(manifest, merged=half)
 
 
+def _count_for_nothing(manifest: Manifest) -> Manifest:
+    return replace(manifest, merged=tuple(replace(entry, influence=0, weight=0) for entry in manifest.merged))
+
+
 DIFFERENT: list[tuple[int, Change, str]] = [
     (1, _with_file(layout.WEIGHTS, "ab" * 32), "Checkpoint 1 does not follow from its deltas: its weights"),
     (2, _with_file(layout.WEIGHTS, "ab" * 32), "Checkpoint 2 does not follow from its deltas: its weights"),
@@ -188,10 +192,17 @@ DIFFERENT: list[tuple[int, Change, str]] = [
     (0, _with_file(layout.WEIGHTS, "ab" * 32), "Checkpoint 0 does not hold the first weights"),
     (1, _swap_weights, "the rules give it 8388608"),
     (1, _drop_one, "Checkpoint 1 does not follow from its deltas"),
+    (1, _count_for_nothing, "Checkpoint 1 does not follow from its deltas"),
     (2, _with_entry(0, weight=2**24), "the rules give it"),
     (2, _with_entry(0, round=2), "which is no unit of round 2"),
     (1, _with_entry(0, unit="ab" * 32), "which is no unit of round 1"),
     (1, _with_entry(0, samples=10**6), "counts 1000000 samples for unit"),
+    (2, _with_entry(0, late=2), "of round 1 as 2 rounds late"),
+    (2, _with_entry(0, influence=2**20), "the rules give it"),
+    (2, _with_entry(1, member=member_of(RUN, OWNERS[2].public.key_id)), "the rules give it"),  # then over its cap
+    (2, lambda manifest: replace(manifest, weigh_seed="5e" * 32), "the rules give it"),
+    (2, lambda manifest: replace(manifest, weigh_seed=None), "does not say under which seed it was weighed"),
+    (0, lambda manifest: replace(manifest, weigh_seed="5e" * 32), "names a seed for weighing, but was weighed without"),
     (1, lambda manifest: replace(manifest, merged=()), "Checkpoint 1 merged 0 deltas"),
     (
         1,
@@ -228,7 +239,7 @@ def test_work_of_a_later_round_is_found(mirror: PublishedRun, tmp_path: Path) ->
 def test_work_beyond_the_staleness_bound_is_found(mirror: PublishedRun, tmp_path: Path) -> None:
     config = replace(mirror.config, rounds=replace(mirror.config.rounds, staleness_bound=0))
     _resign(mirror, config_change=lambda _: config)
-    _refused(mirror, tmp_path, RebuildDiffers, "merged what the rules exclude")
+    _refused(mirror, tmp_path, RebuildDiffers, "came 1 rounds late; the run merges work that is up to 0")
 
 
 def _resign(mirror: PublishedRun, *, config_change: Callable[[object], object]) -> None:
@@ -313,3 +324,130 @@ def test_a_log_that_does_not_lead_to_the_signed_head_is_found(
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(RebuildDiffers, match="log of checkpoint 2"):
         rebuild(mirror.public, tmp_path / "out")
+
+
+# --- runs that replay nothing, and runs that took something out again ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unchecked(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
+    return publish_run(tmp_path_factory.mktemp("unchecked") / "public", verification=UNCHECKED)
+
+
+@pytest.fixture(scope="module")
+def mended(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
+    """Owner 1's first delta was merged into checkpoint 1 and is taken out by checkpoint 3."""
+    return publish_run(
+        tmp_path_factory.mktemp("mended") / "public",
+        merged_units=(((1, 0), (1, 1), (1, 2)), ((2, 0), (2, 2)), ((2, 1), (3, 0), (3, 1), (3, 2))),
+        taken_out={3: [(1, 1)]},
+    )
+
+
+def test_a_run_that_replays_nothing_is_weighed_by_samples_and_lateness(unchecked: PublishedRun, tmp_path: Path) -> None:
+    report = rebuild(unchecked.public, tmp_path / "out", run=RUN)
+    assert report.weights_sha256 == unchecked.manifest(2).file(layout.WEIGHTS).sha256
+    assert {manifest.weigh_seed for manifest in map(unchecked.manifest, range(3))} == {None}
+    mirror = unchecked.copy(tmp_path / "mirror")
+    mirror.forge(2, _with_entry(1, influence=2**20))
+    _refused(mirror, tmp_path / "refused", RebuildDiffers, "by a record, but the run keeps no records")
+
+
+def test_what_was_taken_out_is_taken_out_again(mended: PublishedRun, tmp_path: Path) -> None:
+    report = rebuild(mended.public, tmp_path / "out", run=RUN)
+    assert (report.checkpoint, report.deltas, report.without, report.left_out) == (3, 9, None, 0)
+    assert len(mended.manifest(3).unmerged) == 1
+    assert file_sha256(tmp_path / "out" / layout.WEIGHTS) == mended.manifest(3).file(layout.WEIGHTS).sha256
+
+
+def _with_removal(**changes: object) -> Change:
+    def change(manifest: Manifest) -> Manifest:
+        (entry,) = manifest.unmerged
+        return replace(manifest, unmerged=(replace(entry, **changes),))  # type: ignore[arg-type]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "said"),
+    [
+        (3, lambda manifest: replace(manifest, unmerged=()), "Checkpoint 3 does not follow from its deltas"),
+        (3, _with_removal(weight=1), "takes out claim .* which was not merged like that"),
+        (3, _with_removal(checkpoint=2), "takes out claim .* which was not merged like that"),
+        (3, _with_removal(claim="ab" * 32), "takes out claim .* which was not merged like that"),
+        (3, lambda manifest: replace(manifest, unmerged=manifest.unmerged * 2), "takes out claim .* a second time"),
+    ],
+)
+def test_a_delta_taken_out_otherwise_than_it_went_in_is_found(
+    mended: PublishedRun, tmp_path: Path, number: int, change: Change, said: str
+) -> None:
+    mirror = mended.copy(tmp_path / "mirror")
+    mirror.forge(number, change)
+    _refused(mirror, tmp_path, RebuildDiffers, said)
+
+
+def test_a_delta_that_is_taken_out_must_still_be_there(mended: PublishedRun, tmp_path: Path) -> None:
+    mirror = mended.copy(tmp_path / "mirror")
+    (entry,) = mirror.manifest(3).unmerged
+    (mirror.public / layout.delta_path(entry.blob_sha256)).unlink()
+    _refused(mirror, tmp_path, DeltasPruned, "of checkpoint 1 is not there.*--from 3")
+    with pytest.raises(DeltasPruned, match=r"of checkpoint 3 is not there.*--from 3"):
+        rebuild(mirror.public, tmp_path / "other", start=1)
+
+
+# --- what if somebody had never taken part ---------------------------------------------------------------------
+
+
+def _owner_key_id(number: int) -> str:
+    return OWNERS[number].public.key_id
+
+
+@pytest.mark.parametrize("name", [member_of(RUN, _owner_key_id(1)), _owner_key_id(1), OWNERS[1].public.hex])
+def test_a_member_can_be_left_out_by_any_of_its_names(mended: PublishedRun, tmp_path: Path, name: str) -> None:
+    rounds: list[RebuiltRound] = []
+    report = rebuild(mended.public, tmp_path / "out", rounds.append, without=name)
+    assert report.without == member_of(RUN, _owner_key_id(1))
+    assert (report.deltas, report.left_out) == (6, 3)
+    assert [done.deltas for done in rounds] == [2, 2, 2]
+    assert report.weights_sha256 == rounds[-1].weights_sha256 == file_sha256(tmp_path / "out" / layout.WEIGHTS)
+    assert report.weights_sha256 != mended.manifest(3).file(layout.WEIGHTS).sha256
+    assert load_checkpoint(report.directory).config.num_layers == 2
+
+
+def test_without_its_poisoner_a_run_is_the_run_of_the_others(published: PublishedRun, tmp_path: Path) -> None:
+    """Owner 2 was merged into checkpoint 2 only: what the others did before must come out as published."""
+    rounds: list[RebuiltRound] = []
+    rebuild(published.public, tmp_path / "out", rounds.append, without=_owner_key_id(2))
+    assert rounds[0].weights_sha256 == published.manifest(1).file(layout.WEIGHTS).sha256
+    assert rounds[1].weights_sha256 != published.manifest(2).file(layout.WEIGHTS).sha256
+    assert [done.deltas for done in rounds] == [2, 2]
+
+
+def test_a_round_of_one_member_alone_leaves_the_momentum_to_move_on(tmp_path: Path) -> None:
+    run = publish_run(tmp_path / "public", merged_units=(((1, 0),), ((2, 1),)))
+    rounds: list[RebuiltRound] = []
+    report = rebuild(run.public, tmp_path / "out", rounds.append, without=_owner_key_id(1))
+    assert [done.deltas for done in rounds] == [1, 0]
+    assert rounds[0].weights_sha256 == run.manifest(1).file(layout.WEIGHTS).sha256 != report.weights_sha256
+
+
+def test_deltas_of_the_member_left_out_need_not_be_there(mended: PublishedRun, tmp_path: Path) -> None:
+    mirror = mended.copy(tmp_path / "mirror")
+    for number in (1, 2, 3):
+        for entry in mirror.manifest(number).merged:
+            if entry.member == member_of(RUN, _owner_key_id(1)):
+                (mirror.public / layout.delta_path(entry.blob_sha256)).unlink()
+    assert rebuild(mirror.public, tmp_path / "out", without=_owner_key_id(1)).left_out == 3
+
+
+def test_only_a_member_of_the_run_can_be_left_out_and_only_from_before_it_came(
+    published: PublishedRun, tmp_path: Path
+) -> None:
+    for name, start, said in (
+        (STRANGER.public.hex, 0, "Nobody known as"),
+        ("somebody", 0, "64 hex digits"),
+        (_owner_key_id(0), 1, "part of checkpoint 1 already"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            rebuild(published.public, tmp_path / "out", without=name, start=start)
+    assert rebuild(published.public, tmp_path / "out", without=_owner_key_id(2), start=1).left_out == 2

@@ -11,7 +11,7 @@ from diloco.shards import ShardInfo, write_shard
 from mmdit.presets import PRESETS
 from protocol.documents import FileEntry, Manifest, RunConfig, RunId, ShardRef, StateEntry, digest_of, sign
 from protocol.keys import PrivateKey
-from protocol.layout import MANIFEST, ROLE_WEIGHTS, WEIGHTS, checkpoint_directory
+from protocol.layout import LATEST, MANIFEST, ROLE_WEIGHTS, WEIGHTS, checkpoint_directory
 from tests.protocol.examples import run_config
 from verify.replay import model_config
 
@@ -50,11 +50,14 @@ def publish_genesis(public: Path, run: RunId, config: RunConfig, key: PrivateKey
         checkpoint=0,
         previous_manifest_sha256=None,
         outer=config.outer,
+        weigh_seed=None,
         merged=(),
+        unmerged=(),
         files=(FileEntry(path=WEIGHTS, sha256=digest.sha256.hex(), size=digest.size),),
         state=(StateEntry(role=ROLE_WEIGHTS, path=WEIGHTS),),
         log_position=0,
         log_head="00" * 32,
     )
-    (public / checkpoint_directory(0) / MANIFEST).write_bytes(sign(manifest, key))
+    for path in (f"{checkpoint_directory(0)}/{MANIFEST}", LATEST):
+        (public / path).write_bytes(sign(manifest, key))
     return manifest

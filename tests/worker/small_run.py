@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,6 +56,7 @@ from protocol.service import SERVER_OPTIONS, SESSION_METADATA, service_handler, 
 from protocol.trust import RunTrust
 from tests.worker.certificates import self_signed
 from tests.worker.files_server import FilesServer, serving
+from tests.worker.small_audits import Attempt, SmallAudits
 from tests.worker.small_config import publish_genesis, small_config, small_shard
 from verify.replay import codec_config, delta_schema
 
@@ -67,23 +67,11 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-@dataclass
-class Attempt:
-    lease: Lease
-    envelope: bytes
-    state: str = "leased"
-    claim: Claim | None = None
-    claim_sha256: str = ""
-    claim_receipt: bytes = b""
-    sketch: bytes = b""
-    stored: bytearray = field(default_factory=bytearray)
-    bytes_receipt: bytes = b""
-
-
-class SmallRun:
+class SmallRun(SmallAudits):
     """The run, its servers and its switches."""
 
     def __init__(self, root: Path, *, units: int = 2, steps: int = 3) -> None:
+        super().__init__()
         self.public = root / "public"
         self.root_key, self.key = PrivateKey.generate(), PrivateKey.generate()
         self.run = RunId(self.root_key.public.key_id)
@@ -94,14 +82,14 @@ class SmallRun:
             self._publish(shard_path(ref.sha256), raw)
         self.republish_genesis()
         self.key_pem, self.certificate_pem, self.certificate_sha256 = self_signed()
-        self.attempts: list[Attempt] = []
-        self.tokens: dict[bytes, str] = {}
         self.nonces: set[str] = set()
         self.log: list[str] = []
         self.errors: dict[str, list[CommonweightError]] = {}
         self.cut_upload_after: int | None = None
         self.next_after_sketch = calls.Instruction.UPLOAD
-        self.verdict_for: Callable[[Attempt], str | None] = lambda attempt: "accepted"
+        self.verdict_for: Callable[[Attempt], str | None] = lambda attempt: (
+            "accepted" if attempt.bytes_receipt else None
+        )
         self.numerics = 1
         self.finish_when_done = True
         self.sign_receipts_with = self.key
@@ -238,10 +226,7 @@ class SmallRun:
 
     async def OpenSession(self, request: calls.OpenSessionRequest, context: Any) -> Any:
         def work() -> calls.OpenSessionReply:
-            claimed = parse_payload(DeviceDelegation, parse_envelope(request.delegation_envelope).payload)
-            owner = PublicKey.from_hex(claimed.owner_public_key)
-            delegation = verify(DeviceDelegation, request.delegation_envelope, owner)
-            device = PublicKey.from_hex(delegation.device_public_key)
+            device = self._delegated(request.delegation_envelope)
             proof = verify(SessionProof, request.proof_envelope, device)
             assert proof.run == self.run
             assert proof.certificate_sha256 == self.certificate_sha256
@@ -251,9 +236,17 @@ class SmallRun:
                 raise NumericsMismatch(f"This run computes with numerics {self.numerics}; install version 9.")
             token = hashlib.sha256(f"token {len(self.log)}".encode()).digest()
             self.tokens[token] = device.key_id
+            self.device_keys[device.key_id] = device
             return calls.OpenSessionReply(token=token, expires_in_ms=600_000)
 
         return await self._answer("OpenSession", context, work)
+
+    def _delegated(self, envelope: bytes) -> PublicKey:
+        if parse_envelope(envelope).payload_type == Delegation.TYPE:
+            return self.trust().admit_auditor(envelope, now_ms=now_ms())
+        claimed = parse_payload(DeviceDelegation, parse_envelope(envelope).payload)
+        delegation = verify(DeviceDelegation, envelope, PublicKey.from_hex(claimed.owner_public_key))
+        return PublicKey.from_hex(delegation.device_public_key)
 
     async def LeaseUnit(self, request: Any, context: Any) -> Any:
         def work() -> calls.LeaseUnitReply:
@@ -300,8 +293,17 @@ class SmallRun:
             if attempt.claim_sha256 not in ("", digest):
                 raise ClaimConflict
             if not attempt.claim_sha256:
-                receipt = ClaimReceipt(run=self.run, claim=digest, epoch=1, log_position=1, sketch_seed="5c" * 32)
+                receipt = ClaimReceipt(
+                    run=self.run,
+                    claim=digest,
+                    epoch=1,
+                    log_position=1,
+                    sketch_seed="5c" * 32,
+                    audit_share=2**24,
+                    secret_sha256="5e" * 32,
+                )
                 attempt.claim, attempt.claim_sha256, attempt.state = claim, digest, "claimed"
+                attempt.claim_envelope = request.claim_envelope
                 attempt.claim_receipt = sign(receipt, self.sign_receipts_with)
             wanted = {"claimed": calls.Instruction.SKETCH, "sketched": self.next_after_sketch}
             return calls.SubmitClaimReply(
@@ -385,17 +387,19 @@ class SmallRun:
                 attempt = self._claimed(raw)
                 outcome = self.verdict_for(attempt)
                 if outcome is not None:
-                    verdict = Verdict(
-                        run=self.run,
-                        claim=attempt.claim_sha256,
-                        unit=attempt.lease.unit,
-                        outcome="accepted" if outcome == "accepted" else "rejected",
-                        code="MERGED",
-                        sentence="Merged into checkpoint 1.",
-                        weight=2**23,
-                        checkpoint=1,
-                    )
-                    found.append(sign(verdict, self.key))
+                    found.append(sign(self._verdict(attempt, accepted=outcome == "accepted"), self.key))
             return calls.GetVerdictsReply(verdict_envelopes=tuple(found))
 
         return await self._answer("GetVerdicts", context, work)
+
+    def _verdict(self, attempt: Attempt, *, accepted: bool) -> Verdict:
+        return Verdict(
+            run=self.run,
+            claim=attempt.claim_sha256,
+            unit=attempt.lease.unit,
+            outcome="accepted" if accepted else "rejected",
+            code="MERGED" if accepted else "REPLAY_DIFFERS",
+            sentence="Merged into checkpoint 1." if accepted else "A referee got another delta.",
+            weight=2**23 if accepted else 0,
+            checkpoint=1 if accepted else None,
+        )

@@ -21,7 +21,8 @@ from protocol.errors import (
 from protocol.keys import PrivateKey
 from protocol.limits import GIB
 from tests.worker.recording import Recorder, spooled, work
-from tests.worker.small_run import Attempt, SmallRun
+from tests.worker.small_audits import Attempt
+from tests.worker.small_run import SmallRun
 from worker.home import WorkerHome
 from worker.progress import FILES, Event, Leased, Step, Waiting
 from worker.stop import Stop, StopLevel

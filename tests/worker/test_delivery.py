@@ -9,6 +9,7 @@ import pytest
 from protocol import calls
 from protocol.errors import (
     Bug,
+    BytesRefused,
     ClaimMismatch,
     CommonweightError,
     CoordinatorDiskFull,
@@ -24,7 +25,7 @@ from protocol.keys import PrivateKey
 from tests.worker.recording import Recorder, spooled, work
 from tests.worker.small_run import SmallRun
 from worker.lifecycle import SpoolState
-from worker.progress import Claimed, Event, Trained, Waiting
+from worker.progress import Claimed, Event, Trained, Uploaded, Waiting
 from worker.spool import Spool
 from worker.stop import Stop, StopLevel
 
@@ -154,6 +155,22 @@ def test_a_refused_unit_is_set_aside_with_code_and_sentence_and_the_worker_goes_
     assert (directory / "delta.safetensors").exists()
     assert recorder.named("finished")[0]["refused"] == 1
     assert len(run.received()) >= 1
+
+
+@pytest.mark.parametrize(("outcome", "kept"), [("accepted", False), ("rejected", True)])
+def test_a_unit_that_was_judged_before_its_bytes_came_has_its_verdict_and_is_not_called_refused(
+    tmp_path: Path, outcome: str, kept: bool
+) -> None:
+    def prepare(run: SmallRun) -> None:
+        run.errors["GetUpload"] = [BytesRefused("This claim was judged already.")]
+        run.verdict_for = lambda attempt: outcome if attempt.state == "sketched" else None
+
+    _, recorder = run_one_unit(tmp_path, prepare=prepare)
+
+    assert not recorder.named("refused")
+    assert [verdict["outcome"] for verdict in recorder.named("verdict")] == [outcome]
+    (settled,) = spooled(tmp_path / "home", "settled")
+    assert (settled / "delta.safetensors").exists() is kept
 
 
 def test_an_owner_who_is_banned_hears_it_and_keeps_the_unit(tmp_path: Path) -> None:
@@ -321,6 +338,75 @@ def test_a_unit_whose_bytes_are_not_wanted_is_kept_until_its_verdict(tmp_path: P
     assert not (settled / "delta.safetensors").exists()
 
 
+def test_a_kept_replica_whose_bytes_are_wanted_after_all_is_sent_even_when_the_run_is_over(tmp_path: Path) -> None:
+    async def scenario() -> tuple[SmallRun, Recorder]:
+        async with SmallRun(tmp_path / "run", units=1) as run:
+            run.next_after_sketch = calls.Instruction.KEEP
+            run.verdict_for = lambda attempt: "accepted" if attempt.bytes_receipt else None
+            recorder = Recorder()
+            worker = asyncio.create_task(work(run, tmp_path / "home", recorder))
+            await run.until(lambda: run.log.count("SubmitClaim") > 1)  # it asks whether they are
+            run.next_after_sketch = calls.Instruction.UPLOAD
+            await worker
+            return run, recorder
+
+    run, recorder = asyncio.run(scenario())
+
+    assert len(run.received()) == 1
+    assert recorder.named("verdict")[0]["outcome"] == "accepted"
+
+
+def test_kept_replicas_do_not_keep_a_worker_from_training_on(tmp_path: Path) -> None:
+    def prepare(run: SmallRun) -> None:
+        run.next_after_sketch = calls.Instruction.KEEP
+        run.verdict_for = lambda attempt: "accepted" if len(run.attempts) == 6 else None
+
+    _, recorder = run_one_unit(tmp_path, prepare=prepare, units=6)
+
+    assert recorder.named("finished")[0]["accepted"] == 6
+    assert not recorder.named("waiting")
+
+
+def test_a_banned_owner_hears_which_claim_was_refuted_before_the_worker_ends(tmp_path: Path) -> None:
+    recorder = Recorder()
+
+    async def scenario() -> None:
+        async with SmallRun(tmp_path / "run", units=2) as run:
+            run.verdict_for = lambda attempt: None
+
+            def ban(event: Event) -> None:
+                if isinstance(event, Uploaded):
+                    run.errors["LeaseUnit"] = [OwnerBanned()] * 9
+                    run.errors["SubmitClaim"] = [OwnerBanned()] * 9
+                    run.verdict_for = lambda attempt: "rejected"
+
+            recorder._on_event = ban
+            with pytest.raises(OwnerBanned):
+                await work(run, tmp_path / "home", recorder)
+
+    asyncio.run(scenario())
+
+    assert recorder.named("verdict")[0]["code"] == "REPLAY_DIFFERS"
+    assert recorder.names()[-1] == "failed"
+
+
+def test_a_verdict_that_changes_later_is_heard_at_the_next_start(tmp_path: Path) -> None:
+    first, second = Recorder(), Recorder()
+
+    async def scenario() -> None:
+        async with SmallRun(tmp_path / "run", units=1) as run:
+            await work(run, tmp_path / "home", first)
+            run.verdict_for = lambda attempt: "rejected"  # an audit back refuted it
+            await work(run, tmp_path / "home", second)
+
+    asyncio.run(scenario())
+
+    assert [verdict["code"] for verdict in first.named("verdict")] == ["MERGED"]
+    assert [verdict["code"] for verdict in second.named("verdict")] == ["REPLAY_DIFFERS"]
+    (settled,) = spooled(tmp_path / "home", "settled")
+    assert {"verdict.json", "superseded-MERGED.json"} <= {path.name for path in settled.iterdir()}
+
+
 def test_training_waits_with_a_reason_when_too_many_finished_units_wait(tmp_path: Path) -> None:
     async def scenario() -> SmallRun:
         recorder = Recorder()
@@ -345,4 +431,6 @@ def test_a_rejecting_verdict_is_told_and_kept(tmp_path: Path) -> None:
     assert recorder.named("verdict")[0]["outcome"] == "rejected"
     assert recorder.named("finished")[0]["rejected"] == 1
     assert Spool(tmp_path / "home/spool" / run.run).pending() == ()
-    assert SpoolState.SETTLED.value in (spooled(tmp_path / "home", "settled")[0] / "state.json").read_text()
+    (settled,) = spooled(tmp_path / "home", "settled")
+    assert SpoolState.REJECTED.value in (settled / "state.json").read_text()
+    assert (settled / "delta.safetensors").read_bytes() == bytes(run.received()[0].stored)

@@ -10,12 +10,15 @@ from protocol.errors import IllegalTransition
 from worker.lifecycle import (
     END_STATES,
     HOLDS_DELTA,
+    SPARES_DELTA,
     TRANSITIONS,
     Event,
     Instruction,
     RefusedForGood,
     SpooledUnit,
     SpoolState,
+    VerdictAccepts,
+    VerdictRejects,
     advance,
     instructions_of,
 )
@@ -45,8 +48,11 @@ def test_every_pair_of_state_and_event_moves_as_the_table_says_or_is_refused(
         assert instructions == instructions_of(target)
 
 
-def test_end_states_have_no_way_out_and_every_state_can_reach_one() -> None:
-    assert not any(state in END_STATES for state, _ in TRANSITIONS)
+def test_from_an_end_state_only_another_verdict_leads_to_an_end_state_and_every_state_can_reach_one() -> None:
+    for (state, event), target in TRANSITIONS.items():
+        if state in END_STATES:
+            assert event in (VerdictAccepts, VerdictRejects)
+            assert target in END_STATES
     reaching = set(END_STATES)
     for _ in SpoolState:
         reaching |= {state for (state, _), target in TRANSITIONS.items() if target in reaching}
@@ -54,7 +60,8 @@ def test_end_states_have_no_way_out_and_every_state_can_reach_one() -> None:
 
 
 def test_no_state_that_may_hold_the_only_copy_lets_the_delta_go() -> None:
-    for state in HOLDS_DELTA | {SpoolState.REFUSED}:
+    assert not HOLDS_DELTA & SPARES_DELTA
+    for state in HOLDS_DELTA | SPARES_DELTA:
         assert Instruction.DROP_DELTA not in instructions_of(state)
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -19,14 +21,15 @@ from protocol.documents import DeviceDelegation, verify
 from protocol.errors import ConsentNeeded, DeviceUnavailable, DirectoryInUse, DiskFull, KeyUnreadable
 from protocol.limits import MAX_TEXT_CHARACTERS
 from tests.protocol.examples import run_config
-from worker import progress
+from worker import audit_progress, progress
+from worker.audit_progress import AUDIT_EVENTS
 from worker.backoff import DEFAULT_BACKOFF, as_asked_ms
 from worker.consent import ensure_consent, reflow, terms_text
 from worker.durable import disk_named, write_durably
 from worker.hardware import device_class, resolve_device, resolve_threads
 from worker.home import WorkerHome
 from worker.identity import load_or_make_identity, read_revocation
-from worker.progress import EVENTS, FILES, Downloaded, Leased, Refused, Step, Waiting
+from worker.progress import EVENTS, FILES, Downloaded, Event, Leased, Refused, Step, Waiting
 from worker.reporters import JsonReporter, PlainReporter, TerminalReporter
 
 
@@ -164,11 +167,17 @@ def test_terms_are_broken_to_the_width_of_the_terminal_and_lists_stay_lists() ->
     )
 
 
-def test_consent_names_the_source_of_the_data_and_that_nobody_checks_by_training_again() -> None:
-    shown = terms_text(run_config())
+@pytest.mark.parametrize(
+    ("mode", "said"), [("none", "Nobody trains a unit again"), ("replay", "excluded from this run; you can appeal")]
+)
+def test_consent_names_the_source_of_the_data_and_how_work_is_checked(
+    mode: Literal["none", "replay"], said: str
+) -> None:
+    config = run_config()
+    shown = terms_text(dataclasses.replace(config, verification=dataclasses.replace(config.verification, mode=mode)))
 
-    assert run_config().data.source in shown
-    assert "Nobody trains a unit again" in shown
+    assert config.data.source in shown
+    assert said in shown
 
 
 def test_what_was_fetched_is_named_for_a_person() -> None:
@@ -227,13 +236,15 @@ def test_the_worker_connects_before_it_imports_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
 
 
-def test_every_event_and_each_of_its_fields_is_documented() -> None:
-    assert progress.__doc__ is not None
+@pytest.mark.parametrize(("module", "events"), [(progress, EVENTS), (audit_progress, AUDIT_EVENTS)])
+def test_every_event_and_each_of_its_fields_is_documented(module: ModuleType, events: tuple[type[Event], ...]) -> None:
+    assert module.__doc__ is not None
     described = {
         name: set(re.findall(r"[a-z_]+", fields))
-        for name, fields in re.findall(r"^    ([a-z_]+) +([a-z_, ]+)$", progress.__doc__, re.MULTILINE)
+        for name, fields in re.findall(r"^    ([a-z_]+) +([a-z_, ]+)$", module.__doc__, re.MULTILINE)
     }
-    assert described == {event.NAME: {field.name for field in dataclasses.fields(event)} for event in EVENTS}
+    assert described == {event.NAME: {field.name for field in dataclasses.fields(event)} for event in events}
+    assert not {event.NAME for event in AUDIT_EVENTS} & {event.NAME for event in EVENTS}
 
 
 def test_json_lines_are_one_object_each_and_go_silent_when_nobody_listens() -> None:

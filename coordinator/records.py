@@ -1,0 +1,64 @@
+"""An owner's record: what audits found, as the run's log tells it to everybody."""
+
+from coordinator.desk import Desk
+from coordinator.owners import (
+    AuditFailed,
+    AuditPassed,
+    Banned,
+    Cleared,
+    Instruction,
+    Owner,
+    OwnerEvent,
+    OwnerState,
+    Promoted,
+    advance,
+)
+from protocol.keys import KeyId
+
+_NAMES: dict[type[OwnerEvent], str] = {
+    AuditPassed: "audit-passed",
+    AuditFailed: "audit-failed",
+    Promoted: "promoted",
+    Banned: "banned",
+    Cleared: "cleared",
+}
+
+
+def owner_of(desk: Desk, owner: KeyId) -> Owner:
+    """Return an owner who has had a lease."""
+    found = desk.store.owner(owner)
+    assert found is not None  # stored with the first lease
+    return found
+
+
+def tell(desk: Desk, owner: KeyId, event: OwnerEvent) -> tuple[Instruction, ...]:
+    """Record what happened to an owner, and log it; probation ends here when enough audits were passed in a row."""
+    after, instructions = advance(owner_of(desk, owner), event)
+    _log(desk, after, event)
+    if after.state is OwnerState.PROBATION and after.valid_in_row >= desk.config.verification.probation:
+        after, more = advance(after, Promoted())
+        _log(desk, after, Promoted())
+        instructions += more
+    desk.store.put_owner(after)
+    return instructions
+
+
+def fail_if_established(desk: Desk, owner: KeyId) -> None:
+    """Count an unanswered audit against an established owner, who could not know that it was drawn.
+
+    On probation everything is audited and everybody knows it: whoever does not deliver there gains nothing by it.
+    """
+    if owner_of(desk, owner).state is OwnerState.ESTABLISHED:
+        tell(desk, owner, AuditFailed())
+
+
+def _log(desk: Desk, owner: Owner, event: OwnerEvent) -> None:
+    desk.log(
+        "owner",
+        {
+            "event": _NAMES[type(event)],
+            "member": owner.member,
+            "state": owner.state.value,
+            "valid_in_row": owner.valid_in_row,
+        },
+    )
