@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("train_step", "merge", "upload")
+NAMES = ("train_step", "merge", "upload", "verify", "attacks")
 
 
 def main() -> int:

@@ -160,8 +160,8 @@ def small_run(
         units: units of a round.
         rounds: planned rounds, over which the learning rate falls.
         shards: training shards of 320 pictures each; one per unit repeats no picture (`units` times `rounds`).
-        eps: AdamW's; None takes 1e-8 in fp32 and 1e-5 in bf16. While gates are still almost closed most gradients lie
-            below 1e-6, and AdamW from zero moments would blow bf16's rounding of them up to whole steps.
+        eps: AdamW's; None takes 1e-8 in fp32 and 1e-4 in bf16, a fortieth of a typical gradient. From zero moments
+            AdamW makes whole steps of smaller ones, whose sign bf16's rounding may decide.
         folder: where the first weights' file is written for its digest; None leaves that digest all zeros, which only
             a run that is published needs.
     """
@@ -186,7 +186,7 @@ def small_run(
             shards=tuple(_reference(raw, SHARD_SAMPLES) for raw in raw_shards),
             heldout=_reference(heldout, HELDOUT_SAMPLES),
         ),
-        training=_training(steps, batch, precision, eps or (1e-8 if precision == "fp32" else 1e-5)),
+        training=_training(steps, batch, precision, eps or (1e-8 if precision == "fp32" else 1e-4)),
         codec=Codec(kind="dither4", block=256),
         outer=OuterStep(lr=0.7, momentum=0.6),
         rounds=_rounds(units, rounds),

@@ -298,6 +298,9 @@ def _offer(desk: Desk, attempt: Attempt) -> None:
     if unit.state is UnitState.SETTLED or taken:
         verdicts.judge(desk, attempt, verdicts.unused(desk, attempt, unit))
         return
+    if attempt.late > desk.config.rounds.staleness_bound:  # in the last round, which refuses no work for its age
+        verdicts.judge(desk, attempt, verdicts.too_late(desk, attempt))
+        return
     if unit.state is UnitState.OPEN:  # put back meanwhile: nobody else need train it now
         assigned, _ = advance(unit, UnitAssigned())
         desk.store.save_unit(unit, assigned)

@@ -52,6 +52,11 @@ def unused(desk: Desk, attempt: Attempt, unit: Unit) -> Verdict:
     if unit.outcome is not Outcome.ABANDONED and unit.chosen != attempt.lease:
         sentence = "Another volunteer's result for this unit had arrived first; yours is kept as a replica."
         return accepted(desk, attempt, VerdictCode.REPLICA, sentence)
+    return too_late(desk, attempt)
+
+
+def too_late(desk: Desk, attempt: Attempt) -> Verdict:
+    """The verdict on work that no later round may merge."""
     sentence = "The unit's round had closed without it, and no later round can merge it any more."
     return accepted(desk, attempt, VerdictCode.TOO_LATE, sentence)
 

@@ -257,6 +257,26 @@ def test_a_replica_that_was_claimed_before_is_credited(opening: Opening, steps: 
     assert office.open_audits() == 0
 
 
+def test_what_is_too_old_for_the_last_merge_is_taken_and_credited_but_not_merged(opening: Opening) -> None:
+    office = opening(floor=0, planned=3, staleness_bound=1)
+    ada, slow = office.volunteer("ada", record=ESTABLISHED), office.volunteer("slow", record=ESTABLISHED)
+    late = office.lease(slow)
+    office.wait(LEASE_MS)
+    waiting = office.deliver(office.volunteer("eve"), "lie")  # keeps its unit from being abandoned
+    assert waiting.lease.unit == late.lease.unit
+    office.wait(LEASE_MS // 4)
+    for _ in range(2):
+        office.deliver(ada)
+        assert office.publish()
+    office.judge(office.auditor())
+    assert office.code(waiting) == "REPLAY_DIFFERS"
+    office.claim(late)  # of round 1, in round 3
+    office.sketch(late)
+    office.receive(late)
+    assert office.code(late) == "TOO_LATE"
+    assert office.plan() is None
+
+
 # --- shopping ------------------------------------------------------------------------------------------------
 
 

@@ -183,7 +183,7 @@ def test_settings_out_of_range_are_refused_by_name(field: str, value: object) ->
 
 
 # With eps as runs in bf16 need it: AdamW from zero moments makes whole steps of tiny gradients, which are rounding.
-IN_BF16 = with_training(precision="bf16", eps=1e-5)
+IN_BF16 = with_training(precision="bf16", eps=1e-3)
 
 
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
@@ -213,7 +213,7 @@ def test_every_matrix_product_of_a_unit_is_in_the_runs_precision(unit: UnitSpec,
 
 
 def test_bf16_trains_fp32_weights_to_nearly_the_same_delta() -> None:
-    rough, fine = run(IN_BF16), run(with_training(eps=1e-5))
+    rough, fine = run(IN_BF16), run(with_training(eps=1e-3))
     assert all(values.dtype == np.float32 for values in rough.delta.values())
     assert 0.0 < relative_squared_difference(rough.delta, fine.delta) < 0.1**2
     assert rough.loss_last == pytest.approx(fine.loss_last, rel=0.01)
