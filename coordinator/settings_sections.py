@@ -253,7 +253,7 @@ class VerificationSettings(_Section):
         "size and finiteness only, for volunteers who know each other.",
     )
     tolerance: float = Field(
-        default=1e-3,
+        default=1e-4,
         gt=0,
         le=1,
         description="Least raw difference, relative to the delta, up to which a replay calls a claim honest; "

@@ -44,7 +44,8 @@ def test_the_lease_of_a_killed_worker_expires_and_another_takes_the_unit(folder:
         killed.process.wait()
         with LiveWorker(run, "other") as other:
             assert other.wait() == 0
-            assert [event["outcome"] for event in other.events("verdict")] == ["accepted"]
+            # On a slow machine its own lease may run out as well, and its late claim be a replica of its next one.
+            assert {event["outcome"] for event in other.events("verdict")} == {"accepted"}
             assert killed.events("lease")[0]["unit"] == other.events("lease")[0]["unit"]
         check(run, 1)
 
