@@ -108,10 +108,14 @@ def sentences(story: Story, rules: Verification) -> Sequence[str]:
         lines += [
             f"  caught: {_REASONS[story.reason]}; an auditor trained the unit again and got another delta:",
             f"    {raw}, {decoded}",
-            f"  banned after {story.banned_after} forged units; {audits} of its claims, {story.confirmed} confirmed",
+            f"  banned after {_units(story.banned_after or 0)}; {audits} of its claims, {story.confirmed} confirmed",
         ]
     lines += _merged_lines(story)
     return lines
+
+
+def _units(count: int) -> str:
+    return "1 forged unit" if count == 1 else f"{count} forged units"
 
 
 def _numbers(checkpoints: Iterable[int]) -> str:
@@ -124,7 +128,7 @@ def _merged_lines(story: Story) -> list[str]:
     share = sum(story.weights.values()) / 2**24
     into = _numbers(story.merged.values())
     lines = [
-        f"  merged before that: {len(story.merged)} forged units, {100 * share:.1f} % of one merge in all ({into})"
+        f"  merged before that: {_units(len(story.merged))}, {100 * share:.1f} % of one merge in all ({into})"
     ]
     if story.unmerged:
         lines.append(f"  audited back and taken out again: {len(story.unmerged)} ({_numbers(story.unmerged.values())})")
