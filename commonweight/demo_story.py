@@ -127,9 +127,7 @@ def _merged_lines(story: Story) -> list[str]:
         return ["  none of its forged units was merged"]
     share = sum(story.weights.values()) / 2**24
     into = _numbers(story.merged.values())
-    lines = [
-        f"  merged before that: {_units(len(story.merged))}, {100 * share:.1f} % of one merge in all ({into})"
-    ]
+    lines = [f"  merged before that: {_units(len(story.merged))}, {100 * share:.1f} % of one merge in all ({into})"]
     if story.unmerged:
         lines.append(f"  audited back and taken out again: {len(story.unmerged)} ({_numbers(story.unmerged.values())})")
     left = [claim for claim in story.merged if claim not in story.unmerged and story.weights[claim]]
