@@ -84,7 +84,9 @@ def submit_claim(desk: Desk, session: Session, raw: bytes) -> ClaimAnswer:
     if claim.run != desk.run or claim.device != session.device:  # 1
         raise WrongRun("The claim names another run or another device than this session.")
     attempt = desk.store.attempt(LeaseId(claim.lease))
-    if attempt is None or attempt.device != session.device:  # 2, stops claims for units that others train
+    if (
+        attempt is None or attempt.device != session.device or attempt.owner != session.owner
+    ):  # 2, stops claims for units that others train
         raise LeaseUnknown
     if claim.lease_sha256 != attempt.lease_sha256 or claim.unit != attempt.unit:  # 3
         raise ClaimMismatch("The claim does not bind the lease that was given.")
@@ -201,7 +203,7 @@ def _accept_claim(desk: Desk, attempt: Attempt, claim: Claim, raw: bytes, digest
 
 def _attempt_of(desk: Desk, session: Session, claim: bytes) -> Attempt:
     attempt = desk.store.attempt_of_claim(Digest(claim.hex())) if len(claim) == 32 else None
-    if attempt is None or attempt.device != session.device:
+    if attempt is None or attempt.device != session.device or attempt.owner != session.owner:
         raise ClaimUnknown
     return attempt
 
@@ -307,6 +309,9 @@ def _offer(desk: Desk, attempt: Attempt) -> None:
     if attempt.scrutiny is Scrutiny.PENDING:
         assert attempt.reason is not None
         judging.open_audit(desk, attempt, attempt.reason)
+    elif desk.config.verification.mode == "replay" and judging.is_revealed(desk, attempt.epoch or 0):
+        # Its volunteer could wait to learn that it was not drawn, and send only then.
+        judging.put_in_doubt(desk, attempt, AuditReason.LATE)
 
 
 def record_refused(desk: Desk, lease: LeaseId, refusal: Refusal) -> None:

@@ -130,13 +130,25 @@ def take_as_replica(desk: Desk, attempt: Attempt) -> Attempt:
     desk.store.save_attempt(attempt, excused)
     if audit is not None:
         _move(desk, replace(audit, replica=attempt.lease) if audit.replica is None else audit, ReplicaSketched())
-    elif standing is not None:
+    elif standing is not None and _may_doubt(desk, excused, standing):
         open_audit(desk, standing, AuditReason.LATE, excused)
     else:
         # Its unit is merged, or will not be: the result may be public by now, so agreeing with it would prove nothing.
         verdicts.judge(desk, excused, verdicts.unused(desk, excused, unit))
         excused = _attempt(desk, attempt.lease)
     return excused
+
+
+def _may_doubt(desk: Desk, late: Attempt, standing: Attempt) -> bool:
+    """Say whether a late claim is reason enough to compare: of an established other owner, once for each result.
+
+    Else strangers could hold back the work of others, and have it run again, by claiming rubbish late; and an owner
+    could be both sides of an audit.
+    """
+    if standing.scrutiny is Scrutiny.CONFIRMED or late.owner == standing.owner:
+        return False
+    asked = any(audit.reason is AuditReason.LATE for audit in desk.store.audits_of_subject(standing.lease))
+    return not asked and owner_of(desk, late.owner).state is OwnerState.ESTABLISHED
 
 
 def _waiting_for(desk: Desk, attempt: Attempt) -> Audit | None:
@@ -515,6 +527,9 @@ def _reject(desk: Desk, attempt: Attempt, opinion: Opinion) -> None:
         desk.store.save_unit(unit, replace(unit, retracted=True))
     else:
         verdicts.judge(desk, attempt, verdicts.differs(desk, attempt, opinion))
+    for audit in desk.store.audits_of_subject(attempt.lease):
+        if is_open(audit) and not audit.appealed:
+            drop(desk, audit)  # there is nothing to find out any more
     ban(desk, attempt.owner)
 
 
@@ -537,7 +552,10 @@ def ban(desk: Desk, owner: KeyId) -> None:
     if owner_of(desk, owner).state is OwnerState.BANNED:
         return
     instructions = tell(desk, owner, Banned())
-    for attempt in desk.store.unmerged_of_owner(owner):
+    for listed in desk.store.unmerged_of_owner(owner):
+        attempt = _attempt(desk, listed.lease)  # an audit that was dropped a moment ago may have judged it
+        if attempt.state is AttemptState.JUDGED:
+            continue
         if attempt.state is AttemptState.LEASED:
             end_lease(desk, attempt, Expired())
         elif not in_closed_merge(desk, attempt):
@@ -631,6 +649,11 @@ def reveal_epochs(desk: Desk, published: int) -> int:
         desk.store.put_meta(_REVEALED, str(epoch))
         revealed += 1
     return revealed
+
+
+def is_revealed(desk: Desk, epoch: int) -> bool:
+    """Say whether an epoch's secret is public, so that everybody knows which of its claims were drawn."""
+    return epoch <= int(desk.store.meta(_REVEALED) or 0)
 
 
 _REVEALED = "epochs_revealed"

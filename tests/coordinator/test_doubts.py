@@ -97,6 +97,39 @@ def test_a_late_claim_is_a_free_replica_and_is_credited_if_it_agrees(opening: Op
     assert office.code(work) == "MERGED"
 
 
+@pytest.mark.parametrize("owner", ["a stranger", "ada"])
+def test_rubbish_that_a_stranger_or_the_owner_itself_claims_late_holds_nothing_back(
+    opening: Opening, owner: str
+) -> None:
+    office = opening(floor=0)
+    record = 50 if owner == "ada" else None
+    liar = office.volunteer(owner, device="2", record=record)
+    late = office.lease(liar, "rubbish")
+    office.wait(LEASE_MS)
+    work = office.deliver(office.volunteer("ada", record=50))
+    assert work.lease.unit == late.lease.unit
+    office.claim(late)
+    assert office.sketch(late) is Instruction.DONE
+    assert office.compare() == 0
+    plan = office.plan()
+    assert plan is not None
+    assert [entry.claim for entry in plan.entries] == [digest_of(work.claim)]
+
+
+def test_bytes_that_come_once_everybody_knows_that_they_were_not_drawn_are_audited(opening: Opening) -> None:
+    office = opening(floor=0, planned=9, staleness_bound=2)
+    waiting = office.train(office.volunteer("eve", record=50), "poison")
+    office.claim(waiting)
+    office.sketch(waiting)
+    office.deliver(office.volunteer("ada", record=50))
+    office.wait(LEASE_MS)
+    assert office.publish()
+    office.receive(waiting)
+    office.wait(LEASE_MS)  # nobody runs it again; the referee goes on alone
+    assert office.judge(office.auditor()) is not None
+    assert office.code(waiting) == "REPLAY_DIFFERS"
+
+
 def test_a_partner_who_comes_late_does_not_get_a_drawn_claim_past_its_audit(opening: Opening) -> None:
     office = opening(floor=DRAWN)
     partner, liar = office.volunteer("partner", record=50), office.volunteer("liar", record=50)
