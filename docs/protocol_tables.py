@@ -4,7 +4,6 @@ import ast
 import inspect
 import re
 import types
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
@@ -15,7 +14,7 @@ from pydantic.fields import FieldInfo
 import protocol.limits
 from docs.markdown import table
 from protocol import documents as signed
-from protocol.errors import CommonweightError
+from protocol.errors import CommonweightError, all_errors
 from protocol.limits import DAY_MS, GIB, HOUR_MS, KIB, MIB, MINUTE_MS, SECOND_MS
 from protocol.service import CALLS
 
@@ -198,16 +197,9 @@ def errors() -> str:
         ("code", "family", "sentence", "gRPC status", "exit code"),
         [
             (f"`{kind.code}`", _family(kind), kind().message, f"`{kind.status}`", str(kind.exit_code))
-            for kind in error_classes()
+            for kind in all_errors()
         ],
     )
-
-
-def error_classes(root: type[CommonweightError] = CommonweightError) -> Iterator[type[CommonweightError]]:
-    """Yield every error class, families before their members, without the root of the tree."""
-    for kind in root.__subclasses__():
-        yield kind
-        yield from error_classes(kind)
 
 
 def _family(kind: type[CommonweightError]) -> str:

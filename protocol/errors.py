@@ -13,6 +13,7 @@
 `status` names the gRPC status that carries the error; `protocol.service` maps both ways by `code`.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar, Final
 
 
@@ -524,9 +525,15 @@ class StaleRow(Bug):
     code = "STALE_ROW"
 
 
-def _leaves(root: type[CommonweightError]) -> list[type[CommonweightError]]:
-    return [root, *(leaf for child in root.__subclasses__() for leaf in _leaves(child))]
+def all_errors(root: type[CommonweightError] = CommonweightError) -> Iterator[type[CommonweightError]]:
+    """Yield every class under `root`, families before their members."""
+    for kind in root.__subclasses__():
+        yield kind
+        yield from all_errors(kind)
 
 
-ERRORS_BY_CODE: Final[dict[str, type[CommonweightError]]] = {kind.code: kind for kind in _leaves(CommonweightError)}
+ERRORS_BY_CODE: Final[dict[str, type[CommonweightError]]] = {
+    CommonweightError.code: CommonweightError,
+    **{kind.code: kind for kind in all_errors()},
+}
 """Every error class by its stable code."""

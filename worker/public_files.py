@@ -163,14 +163,21 @@ def read_public_log(files: PublicFiles, trust: RunTrust) -> tuple[tuple[LogEntry
         LogDiffers: the log does not lead from one signed head to the next.
         CheckpointCorrupt, TryLater: a part of it is not there.
     """
-    for _ in range(_READS_OF_A_MOVING_LOG - 1):
-        with suppress(_Moved):
+    differs = LogDiffers()
+    for _ in range(_READS_OF_A_MOVING_LOG):
+        try:
             return _read_log_once(files, trust)
-    return _read_log_once(files, trust)
+        except _Moved as moved:
+            differs = moved.differs
+    raise differs
 
 
-class _Moved(LogDiffers):
+class _Moved(Exception):
     """The tail does not follow on the newest manifest: perhaps a checkpoint was published in between."""
+
+    def __init__(self, differs: LogDiffers) -> None:
+        super().__init__(differs.message)
+        self.differs = differs
 
 
 def _read_log_once(files: PublicFiles, trust: RunTrust) -> tuple[tuple[LogEntry, ...], int]:
@@ -192,7 +199,7 @@ def _read_log_once(files: PublicFiles, trust: RunTrust) -> tuple[tuple[LogEntry,
         try:
             entries += _chained(tail, position, head, "the open round")
         except LogDiffers as differs:
-            raise _Moved(differs.message) from None
+            raise _Moved(differs) from None
     return tuple(entries), position
 
 

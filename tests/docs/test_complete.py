@@ -8,9 +8,10 @@ import pytest
 
 from coordinator.settings import describe_settings
 from docs.command_reference import walk
-from docs.protocol_tables import SIGNERS, error_classes, limit_reasons
+from docs.protocol_tables import SIGNERS, limit_reasons
 from protocol import layout
 from protocol.documents import DOCUMENTS
+from protocol.errors import all_errors
 from protocol.service import CALLS
 from protocol.verdicts import VerdictCode
 from tests.docs.pages import DOCS, ROOT, inline_code
@@ -29,7 +30,7 @@ def test_every_setting_is_documented_with_its_sentence() -> None:
 
 
 def test_every_error_code_is_documented() -> None:
-    for kind in error_classes():
+    for kind in all_errors():
         assert f"| `{kind.code}` |" in PAGES_OF["protocol"]
 
 

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 
 import grpc
 import pytest
@@ -51,3 +53,17 @@ def test_a_message_replaces_the_sentence_and_the_private_part_is_not_shown() -> 
 def test_what_can_be_tried_again_says_when() -> None:
     assert errors.ServerBusy().retry_after_ms == 5_000
     assert errors.ServerBusy(retry_after_ms=70).retry_after_ms == 70
+
+
+def test_no_package_has_errors_of_its_own_that_no_page_would_list() -> None:
+    found = (
+        "import importlib, pkgutil\n"
+        "from protocol import errors\n"
+        "for name in ('commonweight', 'coordinator', 'worker', 'verify', 'diloco', 'mmdit'):\n"
+        "    for module in pkgutil.walk_packages(importlib.import_module(name).__path__, name + '.'):\n"
+        "        if not module.name.endswith('__main__'):\n"
+        "            importlib.import_module(module.name)\n"
+        "print([kind.__name__ for kind in errors.all_errors() if kind.__module__ != 'protocol.errors'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
