@@ -33,9 +33,17 @@ from mmdit.presets import PRESETS
 from mmdit.space import PixelSpace
 from protocol.errors import ConfigInvalid
 from protocol.limits import MIB
+from verify.calibration import DEFAULT_TOLERANCES
 from verify.plain_files import read_plain
 
 _MOST_BYTES: Final = 1 * MIB
+BF16_LEAST_EPS: Final = 1e-6
+"""Smallest `training.eps` of a run in bf16."""
+BF16_TOLERANCES: Final = {
+    "tolerance": (1e-3, DEFAULT_TOLERANCES["bf16"][0]),
+    "code_tolerance": (5e-3, DEFAULT_TOLERANCES["bf16"][1]),
+}
+"""Of each tolerance what it must be at least in bf16, and what it usually is; see docs/benchmarks.md."""
 
 
 class Settings(BaseModel):
@@ -63,6 +71,8 @@ class Settings(BaseModel):
                     f"training.{name} is {getattr(training, name)}, but training.steps is {training.steps}: "
                     "lower the first or raise the second."
                 )
+        if training.precision == "bf16":
+            self._fit_bf16()
         if rounds.min_units > rounds.units:
             raise ValueError(
                 f"rounds.min_units is {rounds.min_units}, but rounds.units is {rounds.units}: "
@@ -73,6 +83,22 @@ class Settings(BaseModel):
                 f"server.port and server.public_port are both {server.port}: gRPC and HTTP need a port each."
             )
         return self
+
+    def _fit_bf16(self) -> None:
+        """Raise ValueError if honest work in bf16 would be taken for a cheat's."""
+        if self.training.eps < BF16_LEAST_EPS:
+            raise ValueError(
+                f'training.precision is "bf16", but training.eps is {self.training.eps:g}: from zero moments AdamW '
+                "then makes whole steps of gradients that are mere rounding, and honest machines differ as much as "
+                "cheats. Raise the second to 1e-4 or so."
+            )
+        for name, (least, usual) in BF16_TOLERANCES.items():
+            value = getattr(self.verification, name)
+            if self.verification.mode == "replay" and value < least:
+                raise ValueError(
+                    f'training.precision is "bf16", but verification.{name} is {value:g}, which honest work in bf16 '
+                    f"exceeds. Raise the second to {usual:g}, or to what `commonweight verify calibrate` measures."
+                )
 
     @classmethod
     def parse(cls, text: str, overrides: Sequence[str] = ()) -> Self:

@@ -92,12 +92,23 @@ class TrainingSettings(_Section):
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's beta1.")
     beta2: float = Field(default=0.99, ge=0, lt=1, description="AdamW's beta2.")
-    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's epsilon.")
+    eps: float = Field(
+        default=1e-8,
+        gt=0,
+        le=1,
+        description="AdamW's epsilon; 1e-4 or so where training.precision is bf16, about a fortieth of a typical "
+        "gradient.",
+    )
     weight_decay: float = Field(default=0.01, ge=0, le=10, description="AdamW's weight decay.")
     grad_clip: float = Field(default=1.0, gt=0, description="Largest norm of a step's gradient.")
     text_dropout: float = Field(default=0.1, ge=0, le=1, description="Share of samples trained without their caption.")
     segment_steps: int = Field(
         default=10, ge=1, le=100_000, description="Steps between two digests that a claim commits to."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description='"fp32", or "bf16": weights and AdamW in fp32, forward and backward pass in bf16. Quicker on most '
+        "GPUs; honest machines agree less, so the tolerances must be wider.",
     )
 
 

@@ -60,7 +60,6 @@ def run_config(
         training=Training(
             **training.model_dump(exclude={"text_dropout"}),
             text_dropout=round(training.text_dropout * DROPOUT_ONE),
-            precision="fp32",
         ),
         codec=Codec(kind="dither4", block=settings.codec.block),
         outer=OuterStep(lr=outer.lr, momentum=outer.momentum),
@@ -115,7 +114,6 @@ def _as_written(config: RunConfig) -> dict[str, Any]:
     training, rounds, verification = asdict(config.training), asdict(config.rounds), asdict(config.verification)
     for name in _SHARES:
         verification[name] = _share(verification[name], SHARE_ONE)
-    del training["precision"]
     training["text_dropout"] = _share(config.training.text_dropout, DROPOUT_ONE)
     rounds["staleness_discount"] = _share(config.rounds.staleness_discount, SHARE_ONE)
     for name in ("min_window", "lease", "upload"):

@@ -111,11 +111,32 @@ def test_an_unknown_setting_is_answered_with_the_nearest_known_one() -> None:
             ("training.warmup_steps is 3", "training.steps is 2"),
         ),
         ("[server]\nport = 80\npublic_port = 80", ("server.port", "server.public_port", "80")),
+        ('[training]\nprecision = "bf16"', ('training.precision is "bf16"', "training.eps is 1e-08", "1e-4")),
+        (
+            '[training]\nprecision = "bf16"\neps = 1e-4',
+            ('training.precision is "bf16"', "verification.tolerance is 0.0001", "to 0.01"),
+        ),
+        (
+            '[training]\nprecision = "bf16"\neps = 1e-4\n[verification]\ntolerance = 0.01',
+            ('training.precision is "bf16"', "verification.code_tolerance is 0.001", "to 0.01"),
+        ),
     ],
 )
 def test_two_settings_that_conflict_are_both_named_with_their_values(text: str, named: tuple[str, ...]) -> None:
     message = refusal(text)
     assert all(part in message for part in named), message
+
+
+def test_a_run_in_bf16_says_so_in_its_config_and_reads_back() -> None:
+    overrides = ["training.precision=bf16", "training.eps=1e-4"]
+    wide = ["verification.tolerance=0.01", "verification.code_tolerance=0.01"]
+    settings = Settings.parse("", [*overrides, *wide])
+    config = config_of(settings)
+    assert config.training.precision == "bf16"
+    assert differences(settings, config) == ()
+    (difference,) = differences(Settings.parse("", ["training.eps=1e-4", *wide]), config)
+    assert str(difference) == 'training.precision is "fp32" in run.toml, but "bf16" in the signed run.'
+    assert config_of(Settings.parse("", [*overrides, "verification.mode=none"])).training.precision == "bf16"
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -265,8 +286,9 @@ def test_every_signed_setting_that_differs_is_named_with_both_values() -> None:
 
 def test_only_server_and_storage_are_not_signed() -> None:
     config = config_of(Settings())
-    # There is one choice only for one of the settings; the others get a value that is allowed and not the default.
-    fixed = {"model.preset"}
+    # One setting has one choice only, and one needs others to change with it; all others get a value that is allowed
+    # and not the default.
+    fixed = {"model.preset", "training.precision"}
     fitting = {
         "training.steps": "60",
         "codec.block": "64",

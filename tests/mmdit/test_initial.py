@@ -48,20 +48,28 @@ def test_a_fresh_model_says_nothing_and_its_blocks_change_nothing() -> None:
     assert torch.equal(text_after, text)
 
 
-def test_maps_have_xaviers_scale_and_biases_are_zero() -> None:
+def test_the_bias_of_the_text_stream_is_large_enough_for_a_layer_norm() -> None:
+    bias = initial_weights(SMALL, _normal)["context_embedder.bias"]
+    assert bias.std() == pytest.approx(2**-4, rel=0.3)
+    assert bias.var() > 1000 * 1e-6  # the epsilon of the layer norm behind it
+
+
+def test_maps_have_xaviers_scale_and_the_other_biases_are_zero() -> None:
     weights = initial_weights(SMALL, _normal)
     widen = weights["transformer_blocks.0.ff.net.0.proj.weight"]
     assert widen.std() == pytest.approx((2 / (64 + 256)) ** 0.5, rel=0.02)
     patches = weights["pos_embed.proj.weight"]
     assert patches.shape == (64, 4, 2, 2)
     assert patches.std() == pytest.approx((2 / (64 + 16)) ** 0.5, rel=0.1)
-    assert not any(weights[name].any() for name in weights if name.endswith(".bias"))
+    assert not any(
+        weights[name].any() for name in weights if name.endswith(".bias") and name != "context_embedder.bias"
+    )
     assert np.all(weights["transformer_blocks.0.attn.norm_added_k.weight"] == 1)
     assert np.array_equal(weights["pos_embed.pos_embed"], position_table(SMALL))
 
 
 def test_numbers_of_the_wrong_kind_are_refused_by_the_tensors_name() -> None:
-    with pytest.raises(ValueError, match=r"context_embedder\.weight needs 2560 float32"):
+    with pytest.raises(ValueError, match=r"context_embedder\.bias needs 64 float32"):
         initial_weights(SMALL, lambda name, count: np.zeros(count - 1, dtype=np.float32))
 
 
