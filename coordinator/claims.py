@@ -3,7 +3,7 @@
 import struct
 from dataclasses import dataclass, replace
 
-from coordinator import judging, verdicts
+from coordinator import auditing, epochs, replicas, verdicts
 from coordinator.audits import AuditReason, Scrutiny
 from coordinator.desk import Desk
 from coordinator.leasing import check_admitted
@@ -101,7 +101,7 @@ def submit_claim(desk: Desk, session: Session, raw: bytes) -> ClaimAnswer:
         return ClaimAnswer(conflict=ClaimConflict())
     if attempt.state not in {AttemptState.LEASED, AttemptState.EXPIRED}:  # 6
         raise LeaseEnded
-    if not judging.serves(desk, attempt.lease):
+    if not auditing.serves(desk, attempt.lease):
         _check_age(desk, attempt.round)  # 7; a replica is not for the merge
     return ClaimAnswer(receipt=_accept_claim(desk, attempt, claim, raw, digest), next=Instruction.SKETCH)
 
@@ -121,9 +121,9 @@ def _check_artifacts(desk: Desk, claim: Claim) -> None:
 def _doubt_conflict(desk: Desk, attempt: Attempt) -> None:
     """Two signed claims for one lease: the first one stands, and is looked at."""
     waiting = attempt.state in (AttemptState.CLAIMED, AttemptState.SKETCHED, AttemptState.RECEIVED)
-    audited = desk.config.verification.mode == "replay" and not judging.in_closed_merge(desk, attempt)
+    audited = desk.config.verification.mode == "replay" and not auditing.in_closed_merge(desk, attempt)
     if audited and waiting and attempt.scrutiny is Scrutiny.NONE:
-        judging.put_in_doubt(desk, attempt, AuditReason.CONFLICT)
+        auditing.put_in_doubt(desk, attempt, AuditReason.CONFLICT)
 
 
 def _check_age(desk: Desk, round_number: int) -> None:
@@ -220,7 +220,7 @@ def submit_sketch(desk: Desk, session: Session, claim: bytes, sketch: bytes) -> 
         sketched, _ = advance(attempt, Sketched(sketch=sketch))
         desk.store.save_attempt(attempt, sketched)
         if desk.config.verification.mode == "replay":
-            sketched = judging.take_as_replica(desk, sketched)
+            sketched = replicas.take_as_replica(desk, sketched)
         return _NEXT[sketched.state]
     if attempt.sketch is not None and attempt.sketch != sketch:
         raise SketchInvalid("Another sketch was sent for this claim before; the first one stands.")
@@ -252,7 +252,7 @@ def expected_artifact(desk: Desk, session: Session, claim: bytes, role: str) -> 
     if attempt.state is not AttemptState.SKETCHED:
         raise StepOutOfOrder
     sketch = None
-    if judging.serves(desk, attempt.lease):
+    if auditing.serves(desk, attempt.lease):
         assert attempt.epoch is not None
         assert attempt.sketch is not None
         sketch = (desk.sketch_seed(attempt.epoch, Digest(claim.hex())), attempt.sketch)
@@ -271,7 +271,7 @@ def record_received(desk: Desk, lease: LeaseId) -> bytes:
     assert attempt is not None
     if attempt.bytes_receipt is not None:
         return attempt.bytes_receipt
-    if not judging.serves(desk, lease):
+    if not auditing.serves(desk, lease):
         _check_age(desk, attempt.round)  # the round may have moved on while the bytes travelled: no receipt then
     assert attempt.claim_sha256 is not None
     entry = desk.log("bytes", {"claim": attempt.claim_sha256})
@@ -291,7 +291,7 @@ def record_received(desk: Desk, lease: LeaseId) -> bytes:
 
 def _offer(desk: Desk, attempt: Attempt) -> None:
     """Let the attempt stand for its unit, audited if it must be; judge it at once if no merge will need it."""
-    if judging.replica_received(desk, attempt):
+    if replicas.replica_received(desk, attempt):
         return
     unit = desk.store.unit(attempt.unit)
     assert unit is not None
@@ -308,10 +308,10 @@ def _offer(desk: Desk, attempt: Attempt) -> None:
         desk.store.save_unit(unit, assigned)
     if attempt.scrutiny is Scrutiny.PENDING:
         assert attempt.reason is not None
-        judging.open_audit(desk, attempt, attempt.reason)
-    elif desk.config.verification.mode == "replay" and judging.is_revealed(desk, attempt.epoch or 0):
+        auditing.open_audit(desk, attempt, attempt.reason)
+    elif desk.config.verification.mode == "replay" and epochs.is_revealed(desk, attempt.epoch or 0):
         # Its volunteer could wait to learn that it was not drawn, and send only then.
-        judging.put_in_doubt(desk, attempt, AuditReason.LATE)
+        auditing.put_in_doubt(desk, attempt, AuditReason.LATE)
 
 
 def record_refused(desk: Desk, lease: LeaseId, refusal: Refusal) -> None:
@@ -325,4 +325,4 @@ def record_refused(desk: Desk, lease: LeaseId, refusal: Refusal) -> None:
     verdicts.judge(desk, marked, verdicts.refused(desk, marked, refusal))
     if desk.config.verification.mode == "replay":
         fail_if_established(desk, attempt.owner)
-        judging.replica_gone(desk, lease)
+        auditing.replica_gone(desk, lease)

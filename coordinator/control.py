@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator import claims, judging, leasing, settling, verdicts
+from coordinator import appeals, claims, epochs, leasing, referees, replicas, settling, verdicts
 from coordinator.blobs import BlobStore
 from coordinator.desk import CLOCK_KEY, Desk
 from coordinator.publisher import PublishedManifest, Publisher
@@ -162,24 +162,24 @@ class Control:
 
     async def appeal(self, session: Session, claim: bytes) -> None:
         """Send a refuted claim to a second referee."""
-        await self.decide(lambda desk: judging.appeal(desk, session, claim))
+        await self.decide(lambda desk: appeals.appeal(desk, session, claim))
         await self._wake()
 
     # --- an auditor's calls ----------------------------------------------------------------------------------
 
-    async def take_audit(self, session: Session, wait_ms: int) -> judging.AuditOrder | None:
+    async def take_audit(self, session: Session, wait_ms: int) -> referees.AuditOrder | None:
         """Return claims for an auditor to judge, waiting at most `wait_ms` for some."""
-        return await self._await_answer(lambda desk: judging.take_audit(desk, session), wait_ms)
+        return await self._await_answer(lambda desk: referees.take_audit(desk, session), wait_ms)
 
     async def read_artifact(self, session: Session, claim: bytes, role: str, offset: int) -> bytes:
         """Return a piece of an artifact that an auditor judges."""
-        artifact = await self.decide(lambda desk: judging.artifact_to_judge(desk, session, claim, role))
+        artifact = await self.decide(lambda desk: referees.artifact_to_judge(desk, session, claim, role))
         path = self._blobs.path(Digest(artifact.blob_sha256))
         return await asyncio.to_thread(_read_piece, path, offset)
 
     async def submit_opinions(self, session: Session, envelopes: tuple[bytes, ...]) -> None:
         """Take an auditor's opinions, and do what follows from them."""
-        await self.decide(lambda desk: judging.submit_opinions(desk, session, envelopes))
+        await self.decide(lambda desk: referees.submit_opinions(desk, session, envelopes))
         await self.turn()
         await self._wake()
 
@@ -193,7 +193,7 @@ class Control:
         """Do what is due: end leases, let audits go on, see whether the round must close."""
 
         def due(desk: Desk) -> tuple[int, bool]:
-            ended = leasing.expire_due(desk) + judging.expire_audits(desk)
+            ended = leasing.expire_due(desk) + replicas.expire_audits(desk)
             return ended, settling.plan_if_due(desk) is not None
 
         ended, round_due = await self.decide(due)
@@ -216,7 +216,7 @@ class Control:
         """Compare replicas with what they repeat, for ever."""
         while True:
             self._comparison_due.clear()
-            due = await self.decide(judging.comparisons_due)
+            due = await self.decide(replicas.comparisons_due)
             for comparison in due:
                 try:
                     await self._compare(comparison)
@@ -234,7 +234,7 @@ class Control:
             else:
                 await self._comparison_due.wait()
 
-    async def _compare(self, due: judging.ComparisonDue) -> None:
+    async def _compare(self, due: replicas.ComparisonDue) -> None:
         answer = await self._settler.call(
             "compare",
             path=str(self._blobs.path(due.blob_sha256)),
@@ -243,7 +243,7 @@ class Control:
             sketch=due.sketch.hex(),
         )
         difference = float(answer["difference"])
-        await self.decide(lambda desk: judging.record_comparison(desk, due.audit, difference))
+        await self.decide(lambda desk: replicas.record_comparison(desk, due.audit, difference))
 
     async def tell(self) -> None:
         """Reveal what may be revealed, and keep the public end of the log up to date, for ever."""
@@ -258,7 +258,7 @@ class Control:
         def end(desk: Desk) -> tuple[int, bytes] | None:
             current = desk.store.latest_round()
             published = 0 if current is None else current.round - (current.manifest_sha256 is None)
-            judging.reveal_epochs(desk, published)
+            epochs.reveal_epochs(desk, published)
             position = desk.store.log_head()[0]
             if position == self._tail_position:
                 return None

@@ -7,7 +7,7 @@ step can be repeated after a crash and gives the same bytes.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from coordinator import judging, verdicts
+from coordinator import auditing, bans, epochs, replicas, verdicts
 from coordinator.audits import AuditReason, Scrutiny
 from coordinator.desk import Desk
 from coordinator.leasing import open_round
@@ -144,7 +144,7 @@ def close(desk: Desk, plan: MergePlan, weighed: Weighed) -> Round | None:
     if current.round != plan.round or not all(entry.claim in mergeable for entry in plan.entries):
         return None
     for claim in weighed.outliers:
-        judging.put_in_doubt(desk, mergeable[Digest(claim)][1], AuditReason.OUTLIER)
+        auditing.put_in_doubt(desk, mergeable[Digest(claim)][1], AuditReason.OUTLIER)
     if not _is_due(desk, current):
         return None
     merge = tuple(
@@ -303,8 +303,8 @@ def record_published(desk: Desk, round_number: int, *, manifest_sha256: Digest, 
     last = round_number >= desk.config.rounds.planned
     # After the last round there is no later one that could merge what is still on its way.
     _end_rounds(desk, round_number if last else round_number - desk.config.rounds.staleness_bound, last=last)
-    judging.drop_pruned(desk, round_number)
-    judging.reveal_epochs(desk, round_number)
+    auditing.drop_pruned(desk, round_number)
+    epochs.reveal_epochs(desk, round_number)
     if not last:
         open_round(desk, round_number + 1, weights_sha256)
 
@@ -315,8 +315,8 @@ def _end_rounds(desk: Desk, newest: int, *, last: bool) -> None:
     What came in time and waits for its audit is not late: it is merged after that, unless the run is over.
     """
     for unsent in desk.store.unsent_in_doubt(newest):
-        if not last and not judging.serves(desk, unsent.lease):
-            judging.forfeit(desk, unsent)
+        if not last and not auditing.serves(desk, unsent.lease):
+            replicas.forfeit(desk, unsent)
     for unit in desk.store.unsettled_units(newest):
         attempts = desk.store.attempts_of_unit(unit.unit)
         if last or not any(attempt.state is AttemptState.RECEIVED for attempt in attempts):
@@ -331,13 +331,13 @@ def _end_rounds(desk: Desk, newest: int, *, last: bool) -> None:
         if attempt.state is AttemptState.JUDGED:
             continue  # a moment ago, with the audit that it served
         audits = (*desk.store.audits_of_subject(attempt.lease), *desk.store.audits_of_replica(attempt.lease))
-        waiting = [audit for audit in audits if judging.is_open(audit)]
+        waiting = [audit for audit in audits if auditing.is_open(audit)]
         if waiting and not last:
             continue
         if unit_of.state is UnitState.SETTLED:
             verdicts.judge(desk, attempt, verdicts.unused(desk, attempt, unit_of))
             for audit in waiting:
-                judging.drop(desk, audit)
+                auditing.drop(desk, audit)
 
 
 def _record_merged(desk: Desk, entry: MergeEntry, checkpoint: int) -> None:
@@ -349,7 +349,7 @@ def _record_merged(desk: Desk, entry: MergeEntry, checkpoint: int) -> None:
     desk.store.save_unit(unit, replace(unit, merged_in=checkpoint))
     verdicts.judge(desk, attempt, verdicts.merged(desk, attempt, entry.weight, checkpoint))
     if unit.retracted:
-        judging.tell_retracted(desk, attempt.lease)
+        bans.tell_retracted(desk, attempt.lease)
 
 
 def _record_unmerged(desk: Desk, entry: UnmergeEntry, checkpoint: int) -> None:

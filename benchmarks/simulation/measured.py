@@ -13,7 +13,7 @@ from typing import Final
 
 from benchmarks.simulation.physics import HONEST, Task
 from coordinator.claims import Expected
-from coordinator.judging import ComparisonDue
+from coordinator.replicas import ComparisonDue
 from coordinator.rounds import Round
 from coordinator.settling import MergePlan, Weighed
 from protocol.canonical import sha256_hex

@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 from benchmarks.simulation.people import TRAINER, Identity, referee
 from benchmarks.simulation.physics import Physics, Task
 from benchmarks.simulation.tally import Meter
-from coordinator import judging, leasing, settling
+from coordinator import epochs, leasing, referees, replicas, settling
 from coordinator.clock import ManualClock
 from coordinator.desk import Desk
 from coordinator.owners import Owner, OwnerState
@@ -93,16 +93,16 @@ class Office:
 
     def turn(self) -> None:
         """End what is due, compare what is to be compared, and close rounds."""
-        self.decide(lambda desk: (leasing.expire_due(desk), judging.expire_audits(desk)))
-        for due in self.decide(judging.comparisons_due):
+        self.decide(lambda desk: (leasing.expire_due(desk), replicas.expire_audits(desk)))
+        for due in self.decide(replicas.comparisons_due):
             difference = self.physics.difference(due)
-            self.decide(partial(judging.record_comparison, number=due.audit, difference=difference))
+            self.decide(partial(replicas.record_comparison, number=due.audit, difference=difference))
         while (plan := self.decide(settling.plan_if_due)) is not None:
             self._close(plan, self.physics.weigh(plan))
 
     def reveal(self) -> None:
         """Reveal the secrets of epochs that are settled."""
-        self.decide(lambda desk: judging.reveal_epochs(desk, self.published()))
+        self.decide(lambda desk: epochs.reveal_epochs(desk, self.published()))
 
     def published(self) -> int:
         """Return the number of the newest checkpoint."""
@@ -143,7 +143,7 @@ class Referees:
     def send(self) -> None:
         """Let every idle auditor take an audit."""
         for auditor in list(self._idle):
-            order = self._office.decide(partial(judging.take_audit, session=auditor.session))
+            order = self._office.decide(partial(referees.take_audit, session=auditor.session))
             if order is None:
                 continue
             self._idle.remove(auditor)
@@ -151,15 +151,15 @@ class Referees:
             self._meter.bytes["referee"] += self._shard_bytes + len(order.claims) * self._office.desk.delta_bytes
             self._later(self._replay_ms, partial(self._judge, auditor, order))
 
-    def _judge(self, auditor: Identity, order: judging.AuditOrder) -> None:
+    def _judge(self, auditor: Identity, order: referees.AuditOrder) -> None:
         self._idle.append(auditor)
         opinions = tuple(self._opinion(auditor, order, envelope) for envelope in order.claims)
         try:
-            self._office.decide(partial(judging.submit_opinions, session=auditor.session, envelopes=opinions))
+            self._office.decide(partial(referees.submit_opinions, session=auditor.session, envelopes=opinions))
         except Refusal as refusal:  # the audit was settled otherwise meanwhile
             self.refusals[refusal.code] += 1
 
-    def _opinion(self, auditor: Identity, order: judging.AuditOrder, envelope: bytes) -> bytes:
+    def _opinion(self, auditor: Identity, order: referees.AuditOrder, envelope: bytes) -> bytes:
         claim = parse_payload(Claim, parse_envelope(envelope).payload)
         task = Task(unit=UnitId(claim.unit), round=order.round, index=order.index)
         numbers = self._office.physics.replay(task, claim.artifacts[0])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from coordinator.claims import Expected
-from coordinator.judging import ComparisonDue
+from coordinator.replicas import ComparisonDue
 from coordinator.rounds import Round
 from coordinator.settling import MergePlan, Weighed
 from protocol.documents import Artifact, Digest, UnitId

@@ -17,7 +17,7 @@ from benchmarks.procedural import SmallRun
 from benchmarks.simulation.physics import HONEST, Task
 from coordinator import settler
 from coordinator.claims import Expected
-from coordinator.judging import ComparisonDue
+from coordinator.replicas import ComparisonDue
 from coordinator.rounds import Round
 from coordinator.settling import MergePlan, Weighed
 from coordinator.weighing import weigh

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from coordinator import claims, judging, leasing, settling
+from coordinator import appeals, claims, epochs, leasing, referees, replicas, settling
 from coordinator.clock import ManualClock
 from coordinator.desk import Desk
 from coordinator.leasing import Leased
@@ -208,18 +208,18 @@ class Office(Records):
 
     def appeal(self, work: Work, by: Volunteer | None = None) -> None:
         """Ask for a second referee."""
-        self._decide(lambda desk: judging.appeal(desk, (by or work.by).session, work.digest))
+        self._decide(lambda desk: appeals.appeal(desk, (by or work.by).session, work.digest))
 
     # --- what the control process does -----------------------------------------------------------------------
 
     def wait(self, ms: int) -> None:
         """Let time pass, and the clockwork turn once."""
         self.clock.advance(ms)
-        self._decide(lambda desk: (leasing.expire_due(desk), judging.expire_audits(desk)))
+        self._decide(lambda desk: (leasing.expire_due(desk), replicas.expire_audits(desk)))
 
     def compare(self) -> int:
         """Compare the replicas that wait for it; return how many."""
-        due = self._decide(judging.comparisons_due)
+        due = self._decide(replicas.comparisons_due)
         for comparison in due:
             audit = self.store.audit(comparison.audit)
             assert audit is not None
@@ -228,7 +228,7 @@ class Office(Records):
             agree = subject.artifacts == other.artifacts
             difference = 0.0 if agree else 1.0
             number = comparison.audit
-            self._decide(lambda desk: judging.record_comparison(desk, number, difference))  # noqa: B023
+            self._decide(lambda desk: replicas.record_comparison(desk, number, difference))  # noqa: B023
         return len(due)
 
     def plan(self) -> settling.MergePlan | None:
@@ -268,13 +268,13 @@ class Office(Records):
         current = self.store.latest_round()
         assert current is not None
         published = current.round - (current.manifest_sha256 is None)
-        self._decide(lambda desk: judging.reveal_epochs(desk, published))
+        self._decide(lambda desk: epochs.reveal_epochs(desk, published))
 
     # --- an auditor's calls ----------------------------------------------------------------------------------
 
-    def take(self, auditor: Volunteer) -> judging.AuditOrder | None:
+    def take(self, auditor: Volunteer) -> referees.AuditOrder | None:
         """Ask for claims to judge."""
-        return self._decide(lambda desk: judging.take_audit(desk, auditor.session))
+        return self._decide(lambda desk: referees.take_audit(desk, auditor.session))
 
     def opinion(self, auditor: Volunteer, envelope: bytes, finding: str) -> bytes:
         """Return the auditor's signed opinion on a claim."""
@@ -298,7 +298,7 @@ class Office(Records):
 
     def submit(self, auditor: Volunteer, *envelopes: bytes) -> None:
         """Hand opinions in."""
-        self._decide(lambda desk: judging.submit_opinions(desk, auditor.session, envelopes))
+        self._decide(lambda desk: referees.submit_opinions(desk, auditor.session, envelopes))
 
     def judge(self, auditor: Volunteer, *, believes: str = HONEST) -> tuple[str, ...] | None:
         """Take an audit and judge it by running the unit, which gives this auditor the word `believes`.

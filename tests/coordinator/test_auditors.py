@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator import judging
+from coordinator import referees
 from coordinator.audits import AuditState, Scrutiny
 from protocol.documents import Opinion, digest_of, parse_payload, sign
 from protocol.envelope import parse_envelope
@@ -47,7 +47,7 @@ def test_an_auditor_reads_what_it_judges_and_nothing_else(opening: Opening) -> N
     referee = office.auditor()
 
     def read(work: Work, role: str = "delta") -> object:
-        return judging.artifact_to_judge(office.desk, referee.session, work.digest, role)
+        return referees.artifact_to_judge(office.desk, referee.session, work.digest, role)
 
     with pytest.raises(AuditUnknown):
         read(works[0])

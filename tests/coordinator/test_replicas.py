@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator import claims, judging
+from coordinator import claims, replicas
 from coordinator.audits import AuditState, Scrutiny
 from coordinator.leasing import Leased
 from coordinator.owners import OwnerState
@@ -172,7 +172,7 @@ def test_a_replica_that_agrees_lets_the_claim_pass_without_a_referee(opening: Op
 def test_the_seed_of_a_comparison_is_the_one_of_the_replicas_receipt(opening: Opening) -> None:
     office = opening(floor=DRAWN)
     work, replica = replicated(office)
-    (due,) = judging.comparisons_due(office.desk)
+    (due,) = replicas.comparisons_due(office.desk)
     assert due.seed == office.receipt(replica).sketch_seed != office.receipt(work).sketch_seed
     assert due.blob_sha256 == work.claim.artifacts[0].blob_sha256
     assert due.sketch == replica.sketch

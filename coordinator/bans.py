@@ -1,0 +1,79 @@
+"""Bans, and the audits back that follow them: what else of this owner's is in the model?"""
+
+from dataclasses import replace
+
+from coordinator import verdicts
+from coordinator.auditing import attempt_of, drop, in_closed_merge, is_open, open_audit, replica_gone
+from coordinator.audits import AuditReason, AuditState
+from coordinator.desk import Desk
+from coordinator.leasing import end_lease
+from coordinator.owners import Banned, OwnerState, RecheckMerged
+from coordinator.records import owner_of, tell
+from coordinator.units import Attempt, AttemptState, Expired
+from protocol.documents import LeaseId, Opinion, parse_payload
+from protocol.envelope import parse_envelope
+from protocol.keys import KeyId
+
+
+def ban(desk: Desk, owner: KeyId) -> None:
+    """Ban an owner: nothing of it is merged any more, and what was merged unaudited is audited now."""
+    if owner_of(desk, owner).state is OwnerState.BANNED:
+        return
+    instructions = tell(desk, owner, Banned())
+    for listed in desk.store.unmerged_of_owner(owner):
+        attempt = attempt_of(desk, listed.lease)  # an audit that was dropped a moment ago may have judged it
+        if attempt.state is AttemptState.JUDGED:
+            continue
+        if attempt.state is AttemptState.LEASED:
+            end_lease(desk, attempt, Expired())
+        elif not in_closed_merge(desk, attempt):
+            verdicts.judge(desk, attempt, verdicts.banned(desk, attempt))
+            for audit in desk.store.audits_of_subject(attempt.lease):
+                if is_open(audit):
+                    drop(desk, audit)
+        replica_gone(desk, attempt.lease)
+    for instruction in instructions:
+        if isinstance(instruction, RecheckMerged):
+            audit_back(desk, instruction.owner)
+
+
+def audit_back(desk: Desk, owner: KeyId) -> None:
+    """Have what was merged unaudited of an owner looked at by an auditor, as far back as deltas are kept."""
+    current = desk.store.latest_round()
+    assert current is not None  # something was merged
+    oldest = current.round - desk.retain_rounds if desk.retain_rounds else 0
+    for attempt in desk.store.merged_unaudited_of_owner(owner):
+        unit = desk.store.unit(attempt.unit)
+        assert unit is not None
+        if unit.merged_in is None or unit.merged_in > oldest:
+            open_audit(desk, attempt, AuditReason.RECHECK)
+
+
+def reject(desk: Desk, attempt: Attempt, opinion: Opinion) -> None:
+    """Reject a refuted claim, or take it back if it was merged; and ban its owner."""
+    unit = desk.store.unit(attempt.unit)
+    assert unit is not None
+    if attempt.state is AttemptState.JUDGED:
+        if unit.chosen == attempt.lease and not unit.retracted:
+            desk.store.save_unit(unit, replace(unit, retracted=True))
+            verdicts.rejudge(desk, attempt, verdicts.retracted(desk, attempt, opinion))
+    elif in_closed_merge(desk, attempt):
+        # It will be merged in a moment, and taken out with the next checkpoint; `tell_retracted` says so then.
+        desk.store.save_unit(unit, replace(unit, retracted=True))
+    else:
+        verdicts.judge(desk, attempt, verdicts.differs(desk, attempt, opinion))
+    for audit in desk.store.audits_of_subject(attempt.lease):
+        if is_open(audit) and not audit.appealed:
+            drop(desk, audit)  # there is nothing to find out any more
+    ban(desk, attempt.owner)
+
+
+def tell_retracted(desk: Desk, lease: LeaseId) -> None:
+    """Give the verdict on a merged claim that was refuted while its merge was under way."""
+    attempt = attempt_of(desk, lease)
+    for audit in desk.store.audits_of_subject(lease):
+        for envelope in desk.store.opinions(audit.audit) if audit.state is AuditState.FAILED else ():
+            opinion = parse_payload(Opinion, parse_envelope(envelope).payload)
+            if opinion.claim == attempt.claim_sha256 and opinion.auditor == audit.refuted_by:
+                verdicts.rejudge(desk, attempt, verdicts.retracted(desk, attempt, opinion))
+                return
