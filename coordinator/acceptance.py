@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from coordinator import verdicts
 from coordinator.auditing import attempt_of
-from coordinator.audits import Audit, AuditReason, Scrutiny
+from coordinator.audits import Audit, AuditReason, AuditState, Overturned, Scrutiny, advance
 from coordinator.desk import Desk
 from coordinator.owners import AuditPassed, Cleared, OwnerState
 from coordinator.records import owner_of, tell
@@ -16,6 +16,10 @@ def accept_subject(desk: Desk, audit: Audit, *, by_referee: bool) -> None:
     subject = attempt_of(desk, audit.lease)
     owner = owner_of(desk, subject.owner)
     if audit.appealed:
+        for other in desk.store.audits_of_subject(subject.lease):
+            if other.state is AuditState.FAILED:  # one appeal answers for all findings on the same claim
+                overturned, _ = advance(other, Overturned())
+                desk.store.save_audit(other, overturned)
         unit = desk.store.unit(subject.unit)
         assert unit is not None
         taken_out = unit.unmerged_in is not None or _is_being_taken_out(desk, unit)

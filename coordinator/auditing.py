@@ -17,16 +17,13 @@ from coordinator.audits import (
     Scrutiny,
     SubjectGone,
     advance,
+    replica_wait_ms,
 )
 from coordinator.desk import Desk
 from coordinator.rounds import RoundState
 from coordinator.units import Attempt, AttemptState
 from protocol.documents import LeaseId
-from protocol.limits import SECOND_MS
 
-REPLICA_SHARE = 4
-"""A replica's first asker is awaited for a quarter of a lease; then the referee goes on alone."""
-REPLICA_AT_LEAST_MS = 10 * SECOND_MS
 _CLAIMED = (AttemptState.CLAIMED, AttemptState.SKETCHED, AttemptState.EXCUSED, AttemptState.RECEIVED)
 
 
@@ -44,7 +41,6 @@ def open_audit(desk: Desk, subject: Attempt, reason: AuditReason, replica: Attem
         state = AuditState.WANTS_REFEREE
     else:
         state = AuditState.WANTS_REPLICA
-    wait_ms = max(REPLICA_AT_LEAST_MS, desk.config.rounds.lease_ms // REPLICA_SHARE)
     audit = desk.store.add_audit(
         Audit(
             audit=0,
@@ -55,7 +51,7 @@ def open_audit(desk: Desk, subject: Attempt, reason: AuditReason, replica: Attem
             epoch=subject.epoch,
             reason=reason,
             state=state,
-            deadline_ms=desk.clock.now_ms() + wait_ms,
+            deadline_ms=desk.clock.now_ms() + replica_wait_ms(desk.config.rounds.lease_ms),
             replica=None if replica is None else replica.lease,
         )
     )

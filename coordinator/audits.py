@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 from protocol.documents import Digest, LeaseId, UnitId
 from protocol.errors import IllegalTransition
 from protocol.keys import KeyId
+from protocol.limits import SECOND_MS
 
 
 @unique
@@ -117,14 +118,28 @@ class Refuted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BothRefuted:
-    """A referee refuted the subject and the replica alike: perhaps it is the referee that computes wrongly."""
+    """A referee refuted the subject and the replica alike: perhaps it is the referee that computes wrongly.
+
+    A second one is awaited until `deadline_ms`.
+    """
 
     auditor: KeyId
+    deadline_ms: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Appealed:
     """The volunteer asks for another referee."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unanswered:
+    """No second referee came in time: who is right stays open, and nothing of it is merged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overturned:
+    """Another audit of the same claim was taken back on appeal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +157,8 @@ AuditEvent: TypeAlias = (
     | Refuted
     | BothRefuted
     | Appealed
+    | Unanswered
+    | Overturned
     | SubjectGone
 )
 
@@ -168,9 +185,21 @@ TRANSITIONS: Final[dict[tuple[AuditState, type[AuditEvent]], AuditState]] = {
     (AuditState.WANTS_SECOND, Refuted): AuditState.FAILED,
     (AuditState.WANTS_SECOND, BothRefuted): AuditState.FAILED,
     (AuditState.WANTS_SECOND, SubjectGone): AuditState.DROPPED,
+    (AuditState.WANTS_SECOND, Unanswered): AuditState.DROPPED,
     (AuditState.FAILED, Appealed): AuditState.WANTS_SECOND,
+    (AuditState.FAILED, Overturned): AuditState.PASSED,
 }
 """Every legal move of an audit."""
+
+_REPLICA_SHARE: Final = 4
+"""A replica's first asker is awaited for a quarter of a lease; then the referee goes on alone."""
+_REPLICA_AT_LEAST_MS: Final = 10 * SECOND_MS
+
+
+def replica_wait_ms(lease_ms: int) -> int:
+    """Return how long somebody who would run a replica is awaited."""
+    return max(_REPLICA_AT_LEAST_MS, lease_ms // _REPLICA_SHARE)
+
 
 OPEN_AUDITS: Final = frozenset(
     {
@@ -199,7 +228,12 @@ class FetchReplica:
     """Ask the replica's device for its bytes."""
 
 
-Instruction: TypeAlias = AcceptSubject | RejectSubject | FetchReplica
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveUndecided:
+    """Merge neither the subject nor the replica, and ban nobody."""
+
+
+Instruction: TypeAlias = AcceptSubject | RejectSubject | FetchReplica | LeaveUndecided
 
 
 def advance(thing: Audit, event: AuditEvent) -> tuple[Audit, tuple[Instruction, ...]]:
@@ -215,9 +249,13 @@ def advance(thing: Audit, event: AuditEvent) -> tuple[Audit, tuple[Instruction, 
             return replace(moved, replica=None), ()
         case ReplicaAgreed() | Confirmed():
             return moved, (AcceptSubject(),)
-        case Refuted() | BothRefuted():
+        case Refuted():
+            return replace(moved, refuted_by=event.auditor), (RejectSubject(),)
+        case BothRefuted():
             judged: tuple[Instruction, ...] = (RejectSubject(),) if state is AuditState.FAILED else ()
-            return replace(moved, refuted_by=event.auditor), judged
+            return replace(moved, refuted_by=event.auditor, deadline_ms=event.deadline_ms), judged
+        case Unanswered():
+            return moved, (LeaveUndecided(),)
         case Appealed():
             return replace(moved, appealed=True), ()
         case _:

@@ -7,7 +7,7 @@ from coordinator.auditing import attempt_of, drop, in_closed_merge, is_open, ope
 from coordinator.audits import AuditReason, AuditState
 from coordinator.desk import Desk
 from coordinator.leasing import end_lease
-from coordinator.owners import Banned, OwnerState, RecheckMerged
+from coordinator.owners import AuditFailed, Banned, OwnerState, RecheckMerged
 from coordinator.records import owner_of, tell
 from coordinator.units import Attempt, AttemptState, Expired
 from protocol.documents import LeaseId, Opinion, parse_payload
@@ -32,17 +32,38 @@ def ban(desk: Desk, owner: KeyId) -> None:
                 if is_open(audit):
                     drop(desk, audit)
         replica_gone(desk, attempt.lease)
+    _carry_out(desk, instructions)
+
+
+def distrust(desk: Desk, owner: KeyId) -> None:
+    """Count an unanswered audit against an established owner, who could not know that it was drawn; look back at it.
+
+    On probation everything is audited and everybody knows it: whoever does not deliver there gains nothing by it.
+    """
+    if owner_of(desk, owner).state is OwnerState.ESTABLISHED:
+        _carry_out(desk, tell(desk, owner, AuditFailed()))
+
+
+def _carry_out(desk: Desk, instructions: tuple[RecheckMerged, ...]) -> None:
     for instruction in instructions:
-        if isinstance(instruction, RecheckMerged):
-            audit_back(desk, instruction.owner)
+        # As many as the new probation asks for: about what a poisoner gets in between two audits.
+        newest = None if instruction.everything else desk.config.verification.probation
+        audit_back(desk, instruction.owner, newest)
 
 
-def audit_back(desk: Desk, owner: KeyId) -> None:
-    """Have what was merged unaudited of an owner looked at by an auditor, as far back as deltas are kept."""
+def audit_back(desk: Desk, owner: KeyId, newest: int | None = None) -> None:
+    """Have what was merged unaudited of an owner looked at by an auditor, as far back as deltas are kept.
+
+    Args:
+        newest: only so many, the newest ones; None for all.
+    """
     current = desk.store.latest_round()
-    assert current is not None  # something was merged
+    assert current is not None  # something was leased
     oldest = current.round - desk.retain_rounds if desk.retain_rounds else 0
-    for attempt in desk.store.merged_unaudited_of_owner(owner):
+    merged = desk.store.merged_unaudited_of_owner(owner)
+    for attempt in merged if newest is None else merged[-newest:]:
+        if any(audit.reason is AuditReason.RECHECK for audit in desk.store.audits_of_subject(attempt.lease)):
+            continue  # looked at already, or about to be
         unit = desk.store.unit(attempt.unit)
         assert unit is not None
         if unit.merged_in is None or unit.merged_in > oldest:

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 from coordinator import auditing, epochs, replicas, verdicts
 from coordinator.audits import AuditReason, Scrutiny
+from coordinator.bans import distrust
 from coordinator.desk import Desk
 from coordinator.leasing import check_admitted
 from coordinator.owners import OwnerState
-from coordinator.records import fail_if_established, owner_of
+from coordinator.records import owner_of
 from coordinator.rounds import Round, RoundState
 from coordinator.sessions import Session
 from coordinator.units import (
@@ -324,5 +325,5 @@ def record_refused(desk: Desk, lease: LeaseId, refusal: Refusal) -> None:
     desk.store.save_attempt(attempt, marked)
     verdicts.judge(desk, marked, verdicts.refused(desk, marked, refusal))
     if desk.config.verification.mode == "replay":
-        fail_if_established(desk, attempt.owner)
+        distrust(desk, attempt.owner)
         auditing.replica_gone(desk, lease)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator import appeals, claims, epochs, leasing, referees, replicas, settling, verdicts
+from coordinator import appeals, claims, deadlines, epochs, leasing, referees, replicas, settling, verdicts
 from coordinator.blobs import BlobStore
 from coordinator.desk import CLOCK_KEY, Desk
 from coordinator.publisher import PublishedManifest, Publisher
@@ -193,7 +193,7 @@ class Control:
         """Do what is due: end leases, let audits go on, see whether the round must close."""
 
         def due(desk: Desk) -> tuple[int, bool]:
-            ended = leasing.expire_due(desk) + replicas.expire_audits(desk)
+            ended = deadlines.end_what_is_due(desk)
             return ended, settling.plan_if_due(desk) is not None
 
         ended, round_due = await self.decide(due)

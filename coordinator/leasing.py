@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from coordinator.audits import AuditState
+from coordinator.audits import Audit, AuditReason, AuditState, replica_wait_ms
 from coordinator.desk import Desk
 from coordinator.owners import Device, Owner, OwnerState
 from coordinator.rounds import Round, RoundState
@@ -27,6 +27,7 @@ from protocol.assignment import unit_id, unit_seed, unit_shards
 from protocol.canonical import sha256_hex
 from protocol.documents import ArtifactLimit, Digest, Lease, LeaseId, UnitId, digest_of, sign
 from protocol.errors import LeaseEnded, LeaseUnknown, OwnerBanned, RunFinished
+from protocol.keys import KeyId
 from protocol.layout import ROLE_DELTA
 from protocol.limits import (
     LEASES_PER_OWNER_AT_LEAST,
@@ -35,6 +36,7 @@ from protocol.limits import (
     UPLOADING_PER_DEVICE,
     WASTED_LEASES_PER_ROUND,
 )
+from verify.policy import replica_offered, replica_turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,11 +157,14 @@ def _replica(desk: Desk, session: Session, random_bytes: Callable[[int], bytes])
     owner = store.owner(session.owner)
     if owner is None or owner.state is not OwnerState.ESTABLISHED:
         return None
-    for audit in store.audits(AuditState.WANTS_REPLICA):
+    # Newcomers' claims last, as for auditors.
+    for audit in sorted(store.audits(AuditState.WANTS_REPLICA), key=lambda it: it.reason is AuditReason.PROBATION):
         if audit.replica is not None or desk.clock.now_ms() >= audit.deadline_ms:
             continue
         attempts = store.attempts_of_unit(audit.unit)
         if any(attempt.owner == session.owner or attempt.state is AttemptState.LEASED for attempt in attempts):
+            continue
+        if not _is_offered(desk, audit, session.owner):
             continue
         unit = store.unit(audit.unit)
         assert unit is not None  # a foreign key
@@ -169,6 +174,13 @@ def _replica(desk: Desk, session: Session, random_bytes: Callable[[int], bytes])
         store.save_audit(audit, replace(audit, replica=attempt.lease, deadline_ms=until_ms))
         return attempt
     return None
+
+
+def _is_offered(desk: Desk, audit: Audit, owner: KeyId) -> bool:
+    turn = replica_turn(desk.epoch_secret(audit.epoch), audit.claim, owner)
+    left_ms = audit.deadline_ms - desk.clock.now_ms()
+    waited = 1.0 - left_ms / replica_wait_ms(desk.config.rounds.lease_ms)
+    return replica_offered(turn, owners=desk.store.established_others(audit.owner), waited=waited)
 
 
 def _answer(attempt: Attempt, now_ms: int) -> Leased:

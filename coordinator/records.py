@@ -43,15 +43,6 @@ def tell(desk: Desk, owner: KeyId, event: OwnerEvent) -> tuple[Instruction, ...]
     return instructions
 
 
-def fail_if_established(desk: Desk, owner: KeyId) -> None:
-    """Count an unanswered audit against an established owner, who could not know that it was drawn.
-
-    On probation everything is audited and everybody knows it: whoever does not deliver there gains nothing by it.
-    """
-    if owner_of(desk, owner).state is OwnerState.ESTABLISHED:
-        tell(desk, owner, AuditFailed())
-
-
 def _log(desk: Desk, owner: Owner, event: OwnerEvent) -> None:
     desk.log(
         "owner",

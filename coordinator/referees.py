@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from coordinator import verdicts
 from coordinator.acceptance import accept_subject
-from coordinator.auditing import attempt_of, standing_beside
+from coordinator.auditing import attempt_of, in_closed_merge, standing_beside
 from coordinator.audits import (
     AcceptSubject,
     Audit,
@@ -19,12 +19,13 @@ from coordinator.audits import (
     Refuted,
     RejectSubject,
     Scrutiny,
+    Unanswered,
     advance,
     may_take,
 )
 from coordinator.bans import reject
 from coordinator.desk import Desk
-from coordinator.owners import AuditPassed, OwnerState
+from coordinator.owners import AuditFailed, AuditPassed, OwnerState
 from coordinator.records import owner_of, tell
 from coordinator.sessions import Session
 from coordinator.units import Attempt, AttemptState, UnitState
@@ -62,8 +63,9 @@ def take_audit(desk: Desk, session: Session) -> AuditOrder | None:
     ]
     if not free:
         return None
-    audit = min(free, key=lambda audit: (audit.auditor != session.device, audit.audit))
-    patience_ms = max(AUDIT_PATIENCE_MS, 2 * desk.config.rounds.lease_ms)
+    # Newcomers' claims last: keys are free, and a flood of them must not keep the rounds of everybody else waiting.
+    audit = min(free, key=lambda it: (it.auditor != session.device, it.reason is AuditReason.PROBATION, it.audit))
+    patience_ms = _patience_ms(desk)
     taken = replace(audit, auditor=session.device, deadline_ms=now + patience_ms)
     desk.store.save_audit(audit, taken)
     unit = desk.store.unit(audit.unit)
@@ -78,6 +80,11 @@ def take_audit(desk: Desk, session: Session) -> AuditOrder | None:
         device_keys=tuple(bytes.fromhex(device.public_key) for device in devices if device is not None),
         remaining_ms=patience_ms,
     )
+
+
+def _patience_ms(desk: Desk) -> int:
+    """Return how long an auditor is awaited."""
+    return max(AUDIT_PATIENCE_MS, 2 * desk.config.rounds.lease_ms)
 
 
 def _judges(desk: Desk, audit: Audit) -> set[KeyId]:
@@ -170,7 +177,7 @@ def _conclude(desk: Desk, audit: Audit, opinions: dict[Digest, Opinion], auditor
     if opinions[audit.claim].finding == "confirmed":
         event = Confirmed()
     elif on_other is not None and on_other.finding == "refuted":
-        event = BothRefuted(auditor=auditor)
+        event = BothRefuted(auditor=auditor, deadline_ms=desk.clock.now_ms() + _patience_ms(desk))
     else:
         event = Refuted(auditor=auditor)
     moved, instructions = advance(audit, event)
@@ -226,3 +233,27 @@ def _record_refuted(desk: Desk, other: Attempt, auditor: KeyId) -> None:
         )
     )
     desk.log("audit", {"audit": audit.audit, "claim": audit.claim, "reason": audit.reason.value})
+
+
+def expire_second_opinions(desk: Desk) -> int:
+    """End the audits whose second referee did not come in time, without banning anybody; return how many.
+
+    What each side had claimed is rejected, and both owners begin probation again: one of the two lied, or the referee
+    computes wrongly, and nobody is here who could say which.
+    """
+    due = [
+        audit
+        for audit in desk.store.audits(AuditState.WANTS_SECOND)
+        if not audit.appealed and audit.deadline_ms <= desk.clock.now_ms()
+    ]
+    for audit in due:
+        ended, _ = advance(audit, Unanswered())
+        desk.store.save_audit(audit, ended)
+        for lease in (audit.lease, audit.replica):
+            attempt = None if lease is None else attempt_of(desk, lease)
+            if attempt is not None and attempt.state is not AttemptState.JUDGED and not in_closed_merge(desk, attempt):
+                verdicts.judge(desk, attempt, verdicts.undecided(desk, attempt))
+                if owner_of(desk, attempt.owner).state is OwnerState.ESTABLISHED:
+                    # No audit back: the referee who would do it is the one in doubt.
+                    tell(desk, attempt.owner, AuditFailed())
+    return len(due)

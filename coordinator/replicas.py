@@ -29,9 +29,10 @@ from coordinator.audits import (
     Scrutiny,
     advance,
 )
+from coordinator.bans import distrust
 from coordinator.desk import Desk
 from coordinator.owners import OwnerState
-from coordinator.records import fail_if_established, owner_of
+from coordinator.records import owner_of
 from coordinator.units import Attempt, AttemptState, BytesWanted, Excused, UnitState
 from coordinator.units import advance as advance_attempt
 from protocol.documents import Digest
@@ -174,5 +175,5 @@ def expire_audits(desk: Desk) -> int:
 def forfeit(desk: Desk, attempt: Attempt) -> None:
     """Reject a claim that was to be looked at and whose bytes never came."""
     verdicts.judge(desk, attempt, verdicts.forfeited(desk, attempt))
-    fail_if_established(desk, attempt.owner)
+    distrust(desk, attempt.owner)
     replica_gone(desk, attempt.lease)

@@ -114,6 +114,15 @@ def forfeited(desk: Desk, attempt: Attempt) -> Verdict:
     return rejected(desk, attempt, VerdictCode.FORFEIT, sentence)
 
 
+def undecided(desk: Desk, attempt: Attempt) -> Verdict:
+    """The verdict on a claim that one referee refuted together with its replica, and no second one looked at."""
+    sentence = (
+        "A referee got another delta than this one and than the one it was compared with, and no second referee came "
+        "in time to say who is right. Nobody is banned for it; established owners begin probation again."
+    )
+    return rejected(desk, attempt, VerdictCode.UNDECIDED, sentence)
+
+
 def banned(desk: Desk, attempt: Attempt) -> Verdict:
     """The verdict on what was on its way when its owner was banned."""
     sentence = "A referee refuted another claim of this owner, so this one was not judged any more."

@@ -15,6 +15,7 @@ class VerdictCode(StrEnum):
     TOO_LATE = "TOO_LATE"  # accepted: in order, but no merge could take it any more
     REPLAY_DIFFERS = "REPLAY_DIFFERS"  # rejected: a referee trained the unit again and got another delta; bans
     FORFEIT = "FORFEIT"  # rejected: drawn for an audit, and its bytes never came
+    UNDECIDED = "UNDECIDED"  # rejected: a referee refuted it and its replica alike, and no second referee came; no ban
     OWNER_BANNED = "OWNER_BANNED"  # rejected: not merged, because a referee refuted another claim of this owner
     RETRACTED = "RETRACTED"  # rejected after it was merged: an audit back refuted it, and it was taken out again
     RESTORED = "RESTORED"  # accepted on appeal: a second referee confirmed it, and its owner is admitted again

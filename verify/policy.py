@@ -63,6 +63,31 @@ def is_sampled(secret: bytes, claim: Digest, share: int) -> bool:
     return _is_below(secret, b"sample\0", claim, share)
 
 
+def replica_turn(secret: bytes, claim: Digest, owner: str) -> int:
+    """Return an owner's place in the order in which a claim's replica is offered, in 2^-24: the lowest come first.
+
+    By chance, and by owner: neither many devices nor asking often gets anybody more replicas than others.
+
+    Args:
+        owner: the owner's key id, 64 hex digits.
+    """
+    message = b"replica\0" + bytes.fromhex(claim) + bytes.fromhex(owner)
+    return int.from_bytes(hmac.digest(secret, message, hashlib.sha256)[:3], "big")
+
+
+def replica_offered(turn: int, *, owners: int, waited: float) -> bool:
+    """Return whether a replica is offered to an owner by now.
+
+    At first to one in so many owners, and with time to more of them: to all when half of the wait is over, since
+    whoever would be first may have no machine running.
+
+    Args:
+        turn: `replica_turn`.
+        owners: how many could take it. waited: share of the wait for a replica that is over.
+    """
+    return turn < ONE * min(1.0, 1.0 / owners + 2.0 * waited)
+
+
 def weigh_seed(secret: bytes, round_number: int) -> bytes:
     """Return the 32-byte seed of a round's weighing sketches, which nobody can know before its deltas are fixed."""
     return hmac.digest(secret, b"weigh/%d" % round_number, hashlib.sha256)

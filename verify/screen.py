@@ -1,7 +1,8 @@
 """Which deltas of a merge stand out so far that they are audited before they may be merged.
 
-Four looks at a round's deltas, each against the others of the same round:
+Looks at a round's deltas, each against the others of the same round:
 
+    few         fewer than three deltas: nothing to compare with, so each is audited
     norm        over `norm_bound` times the median norm, or under its inverse
     duplicate   closer to another delta than chance allows (`verify.robust.near_duplicates`); both are meant
     direction   points elsewhere than the mean of the others, far more so than is usual in this cohort
@@ -24,7 +25,7 @@ from diloco.evaluate import TripleLoss
 from protocol.documents import Digest, Verification
 from verify.robust import near_duplicates
 
-Reason = Literal["norm", "duplicate", "direction", "loss"]
+Reason = Literal["few", "norm", "duplicate", "direction", "loss"]
 
 STRATA: Final = 4
 """Quarters of the timesteps, in which losses are compared one by one: poison may sit in some timesteps only."""
@@ -74,6 +75,8 @@ def outliers(
     """
     if not len(claims) == len(norms2) == len(gram):
         raise ValueError(f"{len(claims)} claims, {len(norms2)} norms and {len(gram)} sketches do not belong together")
+    if len(claims) < _FEWEST_NORMS:
+        return {claim: "few" for claim in claims if claim not in audited}
     tried = [None if changes is None else changes.get(claim) for claim in claims]
     looks: tuple[tuple[Reason, Callable[[Sequence[int]], Sequence[bool]]], ...] = (
         ("norm", lambda rows: _norm_outliers([norms2[i] for i in rows], verification.norm_bound)),
@@ -92,8 +95,6 @@ def outliers(
 
 
 def _norm_outliers(norms2: Sequence[float], bound: float) -> list[bool]:
-    if len(norms2) < _FEWEST_NORMS:
-        return [False] * len(norms2)
     norms = [math.sqrt(norm2) for norm2 in norms2]
     median = float(np.median(norms))
     return [norm > bound * median or norm * bound < median for norm in norms]

@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 from benchmarks.simulation.people import TRAINER, Identity, referee
 from benchmarks.simulation.physics import Physics, Task
 from benchmarks.simulation.tally import Meter
-from coordinator import epochs, leasing, referees, replicas, settling
+from coordinator import deadlines, epochs, leasing, referees, replicas, settling
 from coordinator.clock import ManualClock
 from coordinator.desk import Desk
 from coordinator.owners import Owner, OwnerState
@@ -93,7 +93,7 @@ class Office:
 
     def turn(self) -> None:
         """End what is due, compare what is to be compared, and close rounds."""
-        self.decide(lambda desk: (leasing.expire_due(desk), replicas.expire_audits(desk)))
+        self.decide(deadlines.end_what_is_due)
         for due in self.decide(replicas.comparisons_due):
             difference = self.physics.difference(due)
             self.decide(partial(replicas.record_comparison, number=due.audit, difference=difference))

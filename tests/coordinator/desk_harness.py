@@ -17,13 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from coordinator import appeals, claims, epochs, leasing, referees, replicas, settling
+from coordinator import appeals, claims, deadlines, epochs, leasing, referees, replicas, settling
+from coordinator.audits import replica_wait_ms
 from coordinator.clock import ManualClock
 from coordinator.desk import Desk
 from coordinator.leasing import Leased
 from coordinator.owners import OwnerState
 from coordinator.sessions import Session
 from coordinator.sqlite_store import SqliteStore
+from diloco import NUMERICS
 from protocol.calls import Instruction
 from protocol.documents import (
     Artifact,
@@ -110,7 +112,7 @@ class Office(Records):
             run=self.desk.run,
             certificate_sha256="c0" * 32,
             nonce="0e" * 32,
-            numerics=1,
+            numerics=NUMERICS,
             trainer_version="0.2.0",
             device_class="cpu-x86_64-avx2-torch2.13-t1",
             terms_sha256=self.desk.config.terms_sha256,
@@ -215,7 +217,11 @@ class Office(Records):
     def wait(self, ms: int) -> None:
         """Let time pass, and the clockwork turn once."""
         self.clock.advance(ms)
-        self._decide(lambda desk: (leasing.expire_due(desk), replicas.expire_audits(desk)))
+        self._decide(deadlines.end_what_is_due)
+
+    def offer_replicas_to_all(self) -> None:
+        """Let so much time pass that every established owner may have the replicas that are wanted."""
+        self.clock.advance(replica_wait_ms(self.desk.config.rounds.lease_ms) // 2)
 
     def compare(self) -> int:
         """Compare the replicas that wait for it; return how many."""

@@ -14,6 +14,8 @@ from coordinator.audits import (
     BothRefuted,
     Confirmed,
     FetchReplica,
+    LeaveUndecided,
+    Overturned,
     Refuted,
     RejectSubject,
     ReplicaAgreed,
@@ -22,6 +24,7 @@ from coordinator.audits import (
     ReplicaReceived,
     ReplicaSketched,
     SubjectGone,
+    Unanswered,
     advance,
     may_take,
 )
@@ -39,8 +42,10 @@ EVENTS: tuple[Any, ...] = (
     ReplicaReceived(),
     Confirmed(),
     Refuted(auditor=FIRST),
-    BothRefuted(auditor=FIRST),
+    BothRefuted(auditor=FIRST, deadline_ms=9_000),
     Appealed(),
+    Unanswered(),
+    Overturned(),
     SubjectGone(),
 )
 WAITING_FOR_AN_AUDITOR = {AuditState.WANTS_REFEREE, AuditState.WANTS_SECOND}
@@ -68,7 +73,7 @@ def test_every_event_has_its_place_in_the_table() -> None:
 
 def test_an_audit_ends_and_always_can_and_only_an_appeal_goes_on_after_an_end() -> None:
     assert ends(TRANSITIONS) == {AuditState.PASSED, AuditState.DROPPED}
-    assert ends(TRANSITIONS, {Appealed}) == set(AuditState) - OPEN_AUDITS
+    assert ends(TRANSITIONS, {Appealed, Overturned}) == set(AuditState) - OPEN_AUDITS
     assert_every_state_is_reached_and_reaches_an_end(TRANSITIONS)
 
 
@@ -110,12 +115,19 @@ def test_a_refutation_rejects_the_claim_and_remembers_whose_it_was() -> None:
 
 
 def test_an_auditor_that_refutes_both_is_doubted_before_anybody_is_rejected() -> None:
-    doubted, instructions = advance(an_audit(AuditState.WANTS_REFEREE), BothRefuted(auditor=FIRST))
+    doubted, instructions = advance(an_audit(AuditState.WANTS_REFEREE), BothRefuted(auditor=FIRST, deadline_ms=9_000))
     assert (doubted.state, doubted.refuted_by, instructions) == (AuditState.WANTS_SECOND, FIRST, ())
-    believed, instructions = advance(doubted, BothRefuted(auditor=SECOND))
+    believed, instructions = advance(doubted, BothRefuted(auditor=SECOND, deadline_ms=9_000))
     assert (believed.state, believed.refuted_by, instructions) == (AuditState.FAILED, SECOND, (RejectSubject(),))
     cleared, instructions = advance(doubted, Confirmed())
     assert (cleared.state, instructions) == (AuditState.PASSED, (AcceptSubject(),))
+
+
+def test_without_a_second_auditor_a_doubt_ends_undecided() -> None:
+    doubted, _ = advance(an_audit(AuditState.WANTS_REFEREE), BothRefuted(auditor=FIRST, deadline_ms=9_000))
+    assert doubted.deadline_ms == 9_000
+    ended, instructions = advance(doubted, Unanswered())
+    assert (ended.state, instructions) == (AuditState.DROPPED, (LeaveUndecided(),))
 
 
 def test_an_appeal_wants_another_auditor() -> None:
@@ -141,7 +153,7 @@ def test_an_auditor_may_take_what_waits_for_an_auditor_and_nothing_else(state: A
 
 
 def test_nobody_judges_twice() -> None:
-    doubted, _ = advance(an_audit(AuditState.WANTS_REFEREE), BothRefuted(auditor=FIRST))
+    doubted, _ = advance(an_audit(AuditState.WANTS_REFEREE), BothRefuted(auditor=FIRST, deadline_ms=9_000))
     failed, _ = advance(an_audit(AuditState.WANTS_REFEREE), Refuted(auditor=FIRST))
     appealed, _ = advance(failed, Appealed())
     for audit in (doubted, appealed):

@@ -227,6 +227,7 @@ def test_the_end_of_a_run_comes_in_the_middle_of_a_comparison(opening: Opening, 
     office = opening(floor=0, planned=1)
     ada, bob, cyd = (office.volunteer(name, record=ESTABLISHED) for name in ("ada", "bob", "cyd"))
     work = office.deliver(ada, ms=0)  # too fast
+    office.offer_replicas_to_all()
     replica = office.train(bob, "honest" if step == "sketched" else "another")
     assert replica.lease.unit == work.lease.unit
     if step != "sketched":

@@ -59,13 +59,24 @@ def test_who_is_cleared_begins_again_on_probation() -> None:
     assert instructions == ()
 
 
-def test_the_audited_time_is_the_shortest_of_a_unit_that_passed() -> None:
+def test_the_audited_time_is_a_short_one_and_one_quick_unit_is_forgotten() -> None:
     owner = examples.owner()
-    for trained_ms in (300, 100, 200):
+    times = []
+    for trained_ms in (800, 80, *[800] * 12):
         owner, _ = advance(owner, AuditPassed(trained_ms=trained_ms))
-    assert owner.audited_ms == 100
+        times.append(owner.audited_ms)
+    assert times[:3] == [800, 80, 170]
+    assert times == [800, 80, *sorted(times[2:])]
+    assert times[-1] > 600  # so that half of it is more than what a cheat takes
+
+
+def test_an_established_owner_who_lets_an_audit_go_by_is_looked_back_at_and_a_newcomer_is_not() -> None:
+    owner = replace(examples.owner(), state=OwnerState.ESTABLISHED, valid_in_row=50)
+    after, instructions = advance(owner, AuditFailed())
+    assert instructions == (RecheckMerged(owner=owner.owner, everything=False),)
+    assert advance(after, AuditFailed())[1] == ()
 
 
 def test_a_ban_asks_to_check_what_was_merged_from_the_owner() -> None:
     owner = examples.owner()
-    assert advance(owner, Banned())[1] == (RecheckMerged(owner=owner.owner),)
+    assert advance(owner, Banned())[1] == (RecheckMerged(owner=owner.owner, everything=True),)

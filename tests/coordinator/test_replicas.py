@@ -125,6 +125,7 @@ def test_a_replicas_lease_looks_like_any_other(opening: Opening) -> None:
     office = opening(floor=DRAWN)
     ada, bob, cyd = (office.volunteer(name, record=50) for name in ("ada", "bob", "cyd"))
     work = office.deliver(ada)
+    office.offer_replicas_to_all()
     first, second = office.ask(bob), office.ask(cyd)
     assert isinstance(first, Leased)
     assert isinstance(second, Leased)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diloco import NUMERICS
 from diloco.checkpoint import TensorFile, write_checkpoint
 from diloco.container import Container, write_container
 from diloco.genesis import initial_state
@@ -117,7 +118,7 @@ def run_config(genesis_sha256: str, verification: Verification = REPLAY) -> RunC
     """The run's config around the digest of its first weights."""
     return RunConfig(
         name="tiny",
-        numerics=1,
+        numerics=NUMERICS,
         verification=verification,
         seed=SEED.hex(),
         model=MODEL.to_diffusers(),

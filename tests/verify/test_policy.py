@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,8 @@ from verify.policy import (
     influence,
     is_drawn,
     is_sampled,
+    replica_offered,
+    replica_turn,
     too_fast,
     weigh_seed,
 )
@@ -139,3 +142,19 @@ def test_nothing_can_be_said_of_a_run_that_replays_nothing() -> None:
         assess(UNCHECKED)
     with pytest.raises(ValueError, match="not a probability"):
         assess(REPLAY, detection=0.0)
+
+
+def test_the_order_in_which_a_replica_is_offered_favours_nobody() -> None:
+    owners = [f"{number:064x}" for number in range(4)]
+    claims = [Digest(f"{number:064x}") for number in range(400)]
+    first = Counter(min(owners, key=lambda owner: replica_turn(SECRET, claim, owner)) for claim in claims)
+    assert all(70 < first[owner] < 130 for owner in owners)
+
+
+def test_a_replica_is_offered_to_more_and_more_owners_and_to_all_at_half_time() -> None:
+    turns = range(0, ONE, ONE // 64)
+    counts = [
+        sum(replica_offered(turn, owners=4, waited=waited) for turn in turns) for waited in (0.0, 0.125, 0.25, 0.5, 1.0)
+    ]
+    assert counts == [16, 32, 48, 64, 64]
+    assert all(replica_offered(turn, owners=1, waited=0.0) for turn in turns)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from diloco import NUMERICS
 from mmdit.export import load_checkpoint
 from protocol import layout
 from protocol.assignment import member_of, unit_id
@@ -140,7 +141,7 @@ def test_another_run_is_refused(mirror: PublishedRun, tmp_path: Path) -> None:
 
 
 def test_other_numerics_are_refused_before_any_work(mirror: PublishedRun, tmp_path: Path) -> None:
-    config = replace(mirror.config, numerics=2)
+    config = replace(mirror.config, numerics=NUMERICS + 1)
     (mirror.public / layout.RUN_CONFIG).write_bytes(sign(config, ROOT))
     _refused(mirror, tmp_path, NumericsMismatch, "install a newer Commonweight")
 

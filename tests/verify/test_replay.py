@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from diloco import NUMERICS
 from diloco.checkpoint import TensorFile
 from diloco.container import Container
 from diloco.schema import schema_of
@@ -85,7 +86,7 @@ def test_a_signed_config_that_this_version_cannot_compute_with_is_refused_by_nam
     assert f"RunConfig: {named}" in str(caught.value)
 
 
-@pytest.mark.parametrize(("numerics", "advice"), [(0, "an older"), (2, "a newer")])
+@pytest.mark.parametrize(("numerics", "advice"), [(NUMERICS - 1, "an older"), (NUMERICS + 1, "a newer")])
 def test_other_numerics_are_refused_with_what_to_install(numerics: int, advice: str) -> None:
     other = replace(CONFIG, numerics=numerics)
     with pytest.raises(NumericsMismatch, match=f"install {advice} Commonweight"):

@@ -64,7 +64,6 @@ def test_a_delta_of_another_size_stands_out(norm: float) -> None:
     assert screened(honest(), norms=[1.0] * 9 + [norm]) == {CLAIMS[9]: "norm"}
     assert screened(honest(), norms=[1.0] * 9 + [2.9]) == {}
     assert screened(honest(3), norms=[1.0, 1.0, norm]) == {CLAIMS[2]: "norm"}
-    assert screened(honest(2), norms=[1.0, norm]) == {}
 
 
 def test_a_delta_that_points_against_the_others_stands_out() -> None:
@@ -118,8 +117,13 @@ def test_a_small_cohort_is_not_judged_by_itself() -> None:
     sketches = honest(3)
     sketches[0] = -sketches[1]
     assert screened(sketches) == {}
-    assert screened(honest(1)) == {}
     assert outliers([], norms2=[], gram=np.zeros((0, 0), int), audited=(), changes=None, verification=REPLAY) == {}
+
+
+def test_one_or_two_deltas_have_nothing_to_be_compared_with_and_are_audited() -> None:
+    assert screened(honest(1)) == {CLAIMS[0]: "few"}
+    assert screened(honest(2)) == {CLAIMS[0]: "few", CLAIMS[1]: "few"}
+    assert screened(honest(2), audited=frozenset({CLAIMS[0]})) == {CLAIMS[1]: "few"}
 
 
 def test_losses_are_compared_on_the_same_triples_only() -> None:
