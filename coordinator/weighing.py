@@ -4,6 +4,7 @@ A job of the settler process. What it returns is recorded in the manifest, and a
 (`verify.rebuild`); the outliers that it names are audited before they may be merged.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,12 +43,14 @@ def weigh(config: RunConfig, job: Job) -> Job:
     """
     cohort = measured(config, job)
     audited = {entry.claim for entry in cohort.entries if entry.audited}
+    screen = _screen(config, job, cohort, audited)
     found = outliers(
         [Digest(entry.claim) for entry in cohort.entries],
         norms2=cohort.norms2,
         gram=gram(_clipped(config, cohort)),
         audited=audited,
-        changes=_screen(config, job, cohort, audited),
+        changes=None if screen is None else screen.changes,
+        base_loss=0.0 if screen is None else screen.base_loss,
         verification=config.verification,
     )
     kept = [index for index, entry in enumerate(cohort.entries) if Digest(entry.claim) not in found]
@@ -93,7 +96,15 @@ def weights_of(config: RunConfig, cohort: Cohort, kept: Sequence[int]) -> dict[s
     return {entry.claim: weight for entry, weight in zip(entries, weights, strict=True)}
 
 
-def _screen(config: RunConfig, job: Job, cohort: Cohort, audited: set[str]) -> dict[Digest, tuple[float, ...]] | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screen:
+    """Held-out losses of a merge's deltas, each tried alone: their changes by triple, and the base's mean loss."""
+
+    changes: dict[Digest, tuple[float, ...]]
+    base_loss: float
+
+
+def _screen(config: RunConfig, job: Job, cohort: Cohort, audited: set[str]) -> Screen | None:
     """Return how each delta changes the held-out losses, triple by triple; None where there is nothing to screen."""
     triples = config.verification.screen_triples
     if not triples or all(entry.claim in audited for entry in cohort.entries):
@@ -128,4 +139,4 @@ def _screen(config: RunConfig, job: Job, cohort: Cohort, audited: set[str]) -> d
             step = container.decode(spec.name, 0, spec.num_elements).reshape(spec.shape)
             moved[spec.name] = np.subtract(base[spec.name], step)
         changes[Digest(entry.claim)] = loss_changes(before, losses(moved))
-    return changes
+    return Screen(changes=changes, base_loss=math.fsum(triple.loss for triple in before) / len(before))

@@ -5,6 +5,7 @@ own randomness comes in as a seed. What comes out is what a clever attacker woul
 coded with the unit's own dither, so that nothing but a replay or a comparison with other deltas can tell.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -205,9 +206,19 @@ def _skipping(percent: int) -> Callable[[AttackWorld], EncodedDelta]:
     return lambda world: world.encoded(world.trained(unit=_fewer_steps(world, percent)))
 
 
-def _skip_and_stretch(world: AttackWorld) -> EncodedDelta:
-    shorter = _fewer_steps(world, 10)
-    return world.encoded(_scaled(world.trained(unit=shorter), world.unit.training.steps / shorter.training.steps))
+def _skipping_and_stretching(percent: int) -> Callable[[AttackWorld], EncodedDelta]:
+    """Make the delta as long as honest ones are, where the attacker knows some; else by the share of missing steps."""
+
+    def forge(world: AttackWorld) -> EncodedDelta:
+        shorter = _fewer_steps(world, percent)
+        delta = world.trained(unit=shorter)
+        stretch = world.unit.training.steps / shorter.training.steps
+        if world.known:
+            usual = math.fsum(norm(known) for known in world.known) / len(world.known)
+            stretch = usual / norm(delta) if norm(delta) else 1.0
+        return world.encoded(_scaled(delta, stretch))
+
+    return forge
 
 
 def _skip_all(world: AttackWorld) -> EncodedDelta:
@@ -347,8 +358,19 @@ _FREE, _POISON, _HIDING, _BROKEN = AttackKind
 ATTACKS: Final[Mapping[str, Attack]] = _table(
     ("zero", _FREE, "Sends a delta of zeros.", _zero),
     ("skip-tenth", _FREE, "Stops when a tenth of the steps is left.", _skipping(10)),
-    ("skip-tenth-stretched", _FREE, "Stops there too, and makes the delta longer by a tenth.", _skip_and_stretch),
+    (
+        "skip-tenth-stretched",
+        _FREE,
+        "Stops there too, and makes the delta as long as honest ones are.",
+        _skipping_and_stretching(10),
+    ),
     ("skip-half", _FREE, "Stops half-way.", _skipping(50)),
+    (
+        "skip-half-stretched",
+        _FREE,
+        "Stops half-way, and makes the delta as long as honest ones are.",
+        _skipping_and_stretching(50),
+    ),
     ("skip-all", _FREE, "Trains nothing and sends the last public outer step as its work.", _skip_all),
     ("half-batch", _FREE, "Trains on half of each batch.", _half_batch),
     ("stale", _FREE, "Trains from an older checkpoint than the unit's.", _stale),

@@ -131,7 +131,7 @@ def test_merged_poison_of_a_banned_owner_is_audited_back_and_leaves_the_weights(
     window = replace(small.config.rounds, min_window_ms=2 * MINUTE_MS)
     small = replace(small, config=replace(small.config, rounds=window))
     # With such a record nobody is ever drawn.
-    players = [*volunteers(2, record=10**9), hostile(SendsTwoClaimsInTheEnd("sign-flip"), record=10**9)]
+    players = [*volunteers(2, record=10**9), hostile(SendsTwoClaimsInTheEnd("wrong-shard"), record=10**9)]
     with memory_folder() as folder:
         physics = RealPhysics(small, folder / "physics", memo=folder / "memo")
         simulation = Simulation(

@@ -15,6 +15,7 @@ from verify.screen import STRATA, loss_changes, outliers
 
 COUNT = 10
 TRIPLES = 64
+BASE_LOSS = 1.0
 CLAIMS = [Digest(sha256_hex(b"%d" % number)) for number in range(COUNT)]
 
 
@@ -47,6 +48,7 @@ def screened(
         gram=gram(sketches),
         audited=audited,
         changes=None if losses is None else {c: loss.tolist() for c, loss in zip(claims, losses, strict=True)},
+        base_loss=BASE_LOSS,
         verification=REPLAY,
     )
     return dict(found)
@@ -62,8 +64,32 @@ def test_honest_deltas_are_left_alone() -> None:
 @pytest.mark.parametrize("norm", [3.1, 0.3, 0.0, 1e6])
 def test_a_delta_of_another_size_stands_out(norm: float) -> None:
     assert screened(honest(), norms=[1.0] * 9 + [norm]) == {CLAIMS[9]: "norm"}
-    assert screened(honest(), norms=[1.0] * 9 + [2.9]) == {}
     assert screened(honest(3), norms=[1.0, 1.0, norm]) == {CLAIMS[2]: "norm"}
+
+
+def test_a_norm_is_far_by_the_spread_of_the_others_and_by_a_fifth_at_least() -> None:
+    alike = [1.0, 0.99, 1.01, 1.02, 0.98]
+    assert screened(honest(6), norms=[*alike, 1.2]) == {}
+    assert screened(honest(6), norms=[*alike, 1.25]) == {CLAIMS[5]: "norm"}
+    assert screened(honest(6), norms=[*alike, 0.8]) == {CLAIMS[5]: "norm"}
+    unlike = [1.0, 0.8, 1.25, 0.7, 1.4]
+    assert screened(honest(6), norms=[*unlike, 1.6]) == {}
+
+
+def test_three_of_eight_who_skip_half_their_steps_stand_out_by_their_norm_alone() -> None:
+    assert screened(honest(8), norms=[1.0, 0.97, 1.03, 1.01, 0.96, 0.64, 0.61, 0.67]) == dict.fromkeys(
+        CLAIMS[5:8], "norm"
+    )
+
+
+def test_three_of_eight_who_make_the_loss_worse_by_a_tenth_of_it_stand_out_together() -> None:
+    losses = changes()[:8]
+    for number in (5, 6, 7):
+        losses[number] = losses[number] + np.float32(0.15)
+    assert screened(honest(8), losses=losses) == dict.fromkeys(CLAIMS[5:8], "loss")
+    for number in (5, 6, 7):
+        losses[number] = losses[number] - np.float32(0.12)
+    assert screened(honest(8), losses=losses) == {}
 
 
 def test_a_delta_that_points_against_the_others_stands_out() -> None:
@@ -117,7 +143,8 @@ def test_a_small_cohort_is_not_judged_by_itself() -> None:
     sketches = honest(3)
     sketches[0] = -sketches[1]
     assert screened(sketches) == {}
-    assert outliers([], norms2=[], gram=np.zeros((0, 0), int), audited=(), changes=None, verification=REPLAY) == {}
+    nothing = np.zeros((0, 0), int)
+    assert outliers([], norms2=[], gram=nothing, audited=(), changes=None, base_loss=1.0, verification=REPLAY) == {}
 
 
 def test_one_or_two_deltas_have_nothing_to_be_compared_with_and_are_audited() -> None:
@@ -133,4 +160,12 @@ def test_losses_are_compared_on_the_same_triples_only() -> None:
     with pytest.raises(ValueError, match="same triples"):
         loss_changes(before, [replace(after[0], t=0.2), after[1]])
     with pytest.raises(ValueError, match="do not belong together"):
-        outliers(CLAIMS[:2], norms2=[1.0], gram=np.eye(2, dtype=int), audited=(), changes=None, verification=REPLAY)
+        outliers(
+            CLAIMS[:2],
+            norms2=[1.0],
+            gram=np.eye(2, dtype=int),
+            audited=(),
+            changes=None,
+            base_loss=1.0,
+            verification=REPLAY,
+        )
