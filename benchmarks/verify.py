@@ -48,7 +48,7 @@ class Size:
 
 FULL: Final = Size(
     precisions=PRECISIONS,
-    honest_units={0: 8, 1: 19, TRAINED_ROUNDS: 19},
+    honest_units={0: 16, 1: 31, TRAINED_ROUNDS: 31},
     wide_units=3,
     attack_units=40,
     hidden_units=10,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from coordinator import verdicts
 from coordinator.audits import (
+    FOR_A_REFEREE,
     OPEN_AUDITS,
     Audit,
     AuditEvent,
@@ -20,9 +21,12 @@ from coordinator.audits import (
     replica_wait_ms,
 )
 from coordinator.desk import Desk
+from coordinator.owners import AuditFailed, OwnerState
+from coordinator.records import owner_of, tell
 from coordinator.rounds import RoundState
 from coordinator.units import Attempt, AttemptState
-from protocol.documents import LeaseId
+from protocol.documents import LeaseId, Opinion, parse_payload
+from protocol.envelope import parse_envelope
 
 _CLAIMED = (AttemptState.CLAIMED, AttemptState.SKETCHED, AttemptState.EXCUSED, AttemptState.RECEIVED)
 
@@ -37,7 +41,7 @@ def open_audit(desk: Desk, subject: Attempt, reason: AuditReason, replica: Attem
     assert subject.epoch is not None
     if replica is not None:
         state = AuditState.REPLICATED
-    elif reason is AuditReason.RECHECK or not desk.store.established_others(subject.owner):
+    elif reason in FOR_A_REFEREE or not desk.store.established_others(subject.owner):
         state = AuditState.WANTS_REFEREE
     else:
         state = AuditState.WANTS_REPLICA
@@ -99,12 +103,26 @@ def replica_gone(desk: Desk, lease: LeaseId) -> None:
 
 
 def drop(desk: Desk, audit: Audit) -> None:
-    """End an audit whose subject was judged for another reason; its replica keeps its credit."""
+    """End an audit whose subject was judged for another reason; its replica keeps its credit if nobody refuted it."""
     move(desk, audit, SubjectGone())
-    if audit.replica is not None:
-        other = attempt_of(desk, audit.replica)
-        if other.state in _CLAIMED and other.scrutiny is not Scrutiny.CONFIRMED:
-            verdicts.judge(desk, other, verdicts.uncompared(desk, other))
+    if audit.replica is None:
+        return
+    other = attempt_of(desk, audit.replica)
+    if other.state not in _CLAIMED or other.scrutiny is Scrutiny.CONFIRMED:
+        return
+    if _is_refuted(desk, audit, other):
+        verdicts.judge(desk, other, verdicts.undecided(desk, other))
+        if owner_of(desk, other.owner).state is OwnerState.ESTABLISHED:
+            tell(desk, other.owner, AuditFailed())
+    else:
+        verdicts.judge(desk, other, verdicts.uncompared(desk, other))
+
+
+def _is_refuted(desk: Desk, audit: Audit, other: Attempt) -> bool:
+    opinions = (
+        parse_payload(Opinion, parse_envelope(envelope).payload) for envelope in desk.store.opinions(audit.audit)
+    )
+    return any(opinion.claim == other.claim_sha256 and opinion.finding == "refuted" for opinion in opinions)
 
 
 def drop_pruned(desk: Desk, published: int) -> None:
@@ -127,9 +145,14 @@ def in_closed_merge(desk: Desk, attempt: Attempt) -> bool:
 
 
 def standing_beside(desk: Desk, attempt: Attempt) -> Attempt | None:
-    """Return another attempt at the unit whose bytes are here and that is not judged."""
+    """Return another attempt at the unit whose bytes are here and that is not judged.
+
+    What waits for a newcomer's audit does not stand for anything yet: else rubbish under a free key, sent a moment
+    earlier, would throw away the work of others.
+    """
     for other in desk.store.attempts_of_unit(attempt.unit):
-        if other.lease != attempt.lease and other.state is AttemptState.RECEIVED:
+        newcomers = other.scrutiny is Scrutiny.PENDING and other.reason is AuditReason.PROBATION
+        if other.lease != attempt.lease and other.state is AttemptState.RECEIVED and not newcomers:
             return other
     return None
 

@@ -40,8 +40,18 @@ class AuditReason(Enum):
     TOO_FAST = "too-fast"  # it came in less than half its owner's audited time
     CONFLICT = "conflict"  # its device signed two claims for one lease
     LATE = "late"  # a late claim for the same unit happens to be a replica of it
+    OVERDUE = "overdue"  # its bytes came when everybody could know that it was not drawn
+    DISTRUSTED = "distrusted"  # its owner let another audit go by
     REPLICA = "replica"  # it was run as the replica of another claim, and a referee refuted it there
     RECHECK = "recheck"  # its owner was banned after it had been merged
+
+
+FOR_A_REFEREE: Final = frozenset(
+    {AuditReason.OUTLIER, AuditReason.TOO_FAST, AuditReason.CONFLICT, AuditReason.DISTRUSTED, AuditReason.RECHECK}
+)
+"""Reasons that send a claim to an auditor at once. Its owner can bring most of them about: with a replica, it could
+order a partner's confirmation whenever that one is ready to give it. Deltas that are audited back are public: copies
+prove nothing."""
 
 
 @unique

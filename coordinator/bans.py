@@ -3,8 +3,17 @@
 from dataclasses import replace
 
 from coordinator import verdicts
-from coordinator.auditing import attempt_of, drop, in_closed_merge, is_open, open_audit, replica_gone
-from coordinator.audits import AuditReason, AuditState
+from coordinator.auditing import (
+    attempt_of,
+    drop,
+    in_closed_merge,
+    is_open,
+    open_audit,
+    put_in_doubt,
+    replica_gone,
+    serves,
+)
+from coordinator.audits import AuditReason, AuditState, Scrutiny
 from coordinator.desk import Desk
 from coordinator.leasing import end_lease
 from coordinator.owners import AuditFailed, Banned, OwnerState, RecheckMerged
@@ -40,8 +49,14 @@ def distrust(desk: Desk, owner: KeyId) -> None:
 
     On probation everything is audited and everybody knows it: whoever does not deliver there gains nothing by it.
     """
-    if owner_of(desk, owner).state is OwnerState.ESTABLISHED:
-        _carry_out(desk, tell(desk, owner, AuditFailed()))
+    if owner_of(desk, owner).state is not OwnerState.ESTABLISHED:
+        return
+    _carry_out(desk, tell(desk, owner, AuditFailed()))
+    for listed in desk.store.unmerged_of_owner(owner):
+        # What it has on its way was to be merged on the strength of a record that is gone.
+        unaudited = listed.claim_sha256 is not None and listed.scrutiny is Scrutiny.NONE
+        if unaudited and not serves(desk, listed.lease) and not in_closed_merge(desk, listed):
+            put_in_doubt(desk, listed, AuditReason.DISTRUSTED)
 
 
 def _carry_out(desk: Desk, instructions: tuple[RecheckMerged, ...]) -> None:
@@ -61,7 +76,9 @@ def audit_back(desk: Desk, owner: KeyId, newest: int | None = None) -> None:
     assert current is not None  # something was leased
     oldest = current.round - desk.retain_rounds if desk.retain_rounds else 0
     merged = desk.store.merged_unaudited_of_owner(owner)
-    for attempt in merged if newest is None else merged[-newest:]:
+    # After a ban, also what others got past an audit on this owner's word alone.
+    looked_at = (*merged, *desk.store.merged_on_word_of(owner)) if newest is None else merged[-newest:]
+    for attempt in looked_at:
         if any(audit.reason is AuditReason.RECHECK for audit in desk.store.audits_of_subject(attempt.lease)):
             continue  # looked at already, or about to be
         unit = desk.store.unit(attempt.unit)

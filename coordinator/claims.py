@@ -296,10 +296,11 @@ def _offer(desk: Desk, attempt: Attempt) -> None:
         return
     unit = desk.store.unit(attempt.unit)
     assert unit is not None
-    others = desk.store.attempts_of_unit(unit.unit)
-    taken = any(other.state is AttemptState.RECEIVED and other.lease != attempt.lease for other in others)
-    if unit.state is UnitState.SETTLED or taken:
-        verdicts.judge(desk, attempt, verdicts.unused(desk, attempt, unit))
+    if unit.state is UnitState.SETTLED or auditing.standing_beside(desk, attempt) is not None:
+        if replicas.is_forfeit(attempt):
+            replicas.forfeit(desk, attempt)
+        else:
+            verdicts.judge(desk, attempt, verdicts.unused(desk, attempt, unit))
         return
     if attempt.late > desk.config.rounds.staleness_bound:  # in the last round, which refuses no work for its age
         verdicts.judge(desk, attempt, verdicts.too_late(desk, attempt))
@@ -312,7 +313,7 @@ def _offer(desk: Desk, attempt: Attempt) -> None:
         auditing.open_audit(desk, attempt, attempt.reason)
     elif desk.config.verification.mode == "replay" and epochs.is_revealed(desk, attempt.epoch or 0):
         # Its volunteer could wait to learn that it was not drawn, and send only then.
-        auditing.put_in_doubt(desk, attempt, AuditReason.LATE)
+        auditing.put_in_doubt(desk, attempt, AuditReason.OVERDUE)
 
 
 def record_refused(desk: Desk, lease: LeaseId, refusal: Refusal) -> None:

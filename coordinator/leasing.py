@@ -129,9 +129,6 @@ def lease_unit(
         return NoWork(reason="the run has not begun", retry_after_ms=5 * SECOND_MS)
     if current.state is RoundState.PUBLISHED and current.round >= desk.config.rounds.planned:
         raise RunFinished
-    replica = _replica(desk, session, random_bytes)
-    if replica is not None:
-        return _answer(replica, now)
     if store.wasted_count(session.owner, current.round) >= WASTED_LEASES_PER_ROUND:
         # Stops shopping for a unit: one that a partner holds too, or that seems easy.
         reason = f"this owner gave up {WASTED_LEASES_PER_ROUND} units of round {current.round}; the next one is open"
@@ -139,6 +136,15 @@ def lease_unit(
     most = max(LEASES_PER_OWNER_AT_LEAST, desk.config.rounds.units // LEASES_PER_OWNER_SHARE)
     if store.leased_count(session.owner) >= most:
         return NoWork(reason=f"this owner's devices hold {most} units already", retry_after_ms=5 * SECOND_MS)
+    known = store.owner(session.owner)
+    # Stops newcomers, whose keys are free, from holding a round with claims that are never followed by anything.
+    unsent = most if known is not None and known.state is OwnerState.ESTABLISHED else most // 2
+    if store.unsent_count(session.owner) >= unsent:
+        reason = f"bytes of {unsent} units of this owner are still to come"
+        return NoWork(reason=reason, retry_after_ms=5 * SECOND_MS)
+    replica = _replica(desk, session, random_bytes)
+    if replica is not None:
+        return _answer(replica, now)
     unit = store.next_open_unit(current.round) if current.state is RoundState.COLLECTING else None
     if unit is None:
         doing = "all its units are given out" if current.state is RoundState.COLLECTING else "it is being merged"
@@ -244,7 +250,10 @@ def end_lease(desk: Desk, attempt: Attempt, event: Expired | HandedBack) -> None
     desk.store.save_attempt(attempt, ended)
     for audit in desk.store.audits_of_replica(attempt.lease):
         if audit.state is AuditState.WANTS_REPLICA:
-            desk.store.save_audit(audit, replace(audit, replica=None, deadline_ms=desk.clock.now_ms()))
+            # After a lease that ran out the referee has waited long enough. After one that was handed back others are
+            # awaited anew: else whoever is offered a replica could at once have it done by nobody.
+            wait_ms = replica_wait_ms(desk.config.rounds.lease_ms) if isinstance(event, HandedBack) else 0
+            desk.store.save_audit(audit, replace(audit, replica=None, deadline_ms=desk.clock.now_ms() + wait_ms))
     for instruction in instructions:
         if isinstance(instruction, ReleaseUnit):
             release_unit(desk, instruction.unit)

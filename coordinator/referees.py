@@ -23,9 +23,9 @@ from coordinator.audits import (
     advance,
     may_take,
 )
-from coordinator.bans import reject
+from coordinator.bans import distrust, reject
 from coordinator.desk import Desk
-from coordinator.owners import AuditFailed, AuditPassed, OwnerState
+from coordinator.owners import AuditPassed, OwnerState
 from coordinator.records import owner_of, tell
 from coordinator.sessions import Session
 from coordinator.units import Attempt, AttemptState, UnitState
@@ -238,8 +238,8 @@ def _record_refuted(desk: Desk, other: Attempt, auditor: KeyId) -> None:
 def expire_second_opinions(desk: Desk) -> int:
     """End the audits whose second referee did not come in time, without banning anybody; return how many.
 
-    What each side had claimed is rejected, and both owners begin probation again: one of the two lied, or the referee
-    computes wrongly, and nobody is here who could say which.
+    What each side had claimed is rejected, both owners begin probation again, and their newest merged units are audited
+    back: they lied, or the referee computes wrongly, and nobody is here who could say which.
     """
     due = [
         audit
@@ -253,7 +253,5 @@ def expire_second_opinions(desk: Desk) -> int:
             attempt = None if lease is None else attempt_of(desk, lease)
             if attempt is not None and attempt.state is not AttemptState.JUDGED and not in_closed_merge(desk, attempt):
                 verdicts.judge(desk, attempt, verdicts.undecided(desk, attempt))
-                if owner_of(desk, attempt.owner).state is OwnerState.ESTABLISHED:
-                    # No audit back: the referee who would do it is the one in doubt.
-                    tell(desk, attempt.owner, AuditFailed())
+                distrust(desk, attempt.owner)
     return len(due)

@@ -33,7 +33,7 @@ from coordinator.bans import distrust
 from coordinator.desk import Desk
 from coordinator.owners import OwnerState
 from coordinator.records import owner_of
-from coordinator.units import Attempt, AttemptState, BytesWanted, Excused, UnitState
+from coordinator.units import NEVER_MS, Attempt, AttemptState, BytesWanted, Excused, UnitState
 from coordinator.units import advance as advance_attempt
 from protocol.documents import Digest
 from verify.policy import is_sampled
@@ -53,6 +53,9 @@ def take_as_replica(desk: Desk, attempt: Attempt) -> Attempt:
         move(desk, replace(audit, replica=attempt.lease) if audit.replica is None else audit, ReplicaSketched())
     elif standing is not None and _may_doubt(desk, excused, standing):
         open_audit(desk, standing, AuditReason.LATE, excused)
+    elif is_forfeit(excused):
+        forfeit(desk, excused)
+        excused = attempt_of(desk, attempt.lease)
     else:
         # Its unit is merged, or will not be: the result may be public by now, so agreeing with it would prove nothing.
         verdicts.judge(desk, excused, verdicts.unused(desk, excused, unit))
@@ -170,6 +173,16 @@ def expire_audits(desk: Desk) -> int:
         else:
             move(desk, audit, ReplicaMissing())
     return ended
+
+
+def is_forfeit(attempt: Attempt) -> bool:
+    """Say whether a claim was drawn for an audit, its time is over, and it comes now that another result stands.
+
+    Else whoever withholds a drawn claim could have it excused as soon as others have done the unit. A newcomer knows
+    that everything of it is audited, and has nothing to gain.
+    """
+    drawn = attempt.scrutiny is Scrutiny.PENDING and attempt.reason is not AuditReason.PROBATION
+    return drawn and attempt.deadline_ms == NEVER_MS
 
 
 def forfeit(desk: Desk, attempt: Attempt) -> None:

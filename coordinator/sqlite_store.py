@@ -223,6 +223,10 @@ class SqliteStore:
         """See `Store.leased_count`."""
         return self._count("leased_count", owner=owner)
 
+    def unsent_count(self, owner: KeyId) -> int:
+        """See `Store.unsent_count`."""
+        return self._count("unsent_count", owner=owner)
+
     def uploading_attempts(self, device: KeyId) -> tuple[Attempt, ...]:
         """See `Store.uploading_attempts`."""
         return self._all(attempt_of, "uploading_attempts", device=device)
@@ -263,6 +267,10 @@ class SqliteStore:
     def merged_unaudited_of_owner(self, owner: KeyId) -> tuple[Attempt, ...]:
         """See `Store.merged_unaudited_of_owner`."""
         return self._all(attempt_of, "merged_unaudited_of_owner", owner=owner)
+
+    def merged_on_word_of(self, owner: KeyId) -> tuple[Attempt, ...]:
+        """See `Store.merged_on_word_of`."""
+        return self._all(attempt_of, "merged_on_word_of", owner=owner)
 
     # --- audits ----------------------------------------------------------------------------------------------
 

@@ -150,6 +150,10 @@ class Store(Protocol):
         """Return how many LEASED attempts the owner's devices have."""
         ...
 
+    def unsent_count(self, owner: KeyId) -> int:
+        """Return how many claims of the owner's devices wait for their sketch or bytes, and are still in time."""
+        ...
+
     def uploading_attempts(self, device: KeyId) -> tuple[Attempt, ...]:
         """Return the device's CLAIMED and SKETCHED attempts, the nearest deadline first."""
         ...
@@ -171,7 +175,10 @@ class Store(Protocol):
         ...
 
     def wasted_count(self, owner: KeyId, round_number: int) -> int:
-        """Return how many leases of the round the owner's devices gave up, let expire, or answered with no delta."""
+        """Return how many leases of the round came to nothing: given up, expired, or answered with no delta in time.
+
+        A claim counts while its bytes are overdue, and no longer when they have come.
+        """
         ...
 
     def unsent_in_doubt(self, round_number: int) -> tuple[Attempt, ...]:
@@ -183,7 +190,11 @@ class Store(Protocol):
         ...
 
     def merged_unaudited_of_owner(self, owner: KeyId) -> tuple[Attempt, ...]:
-        """Return the owner's attempts that were chosen for a merge, never audited, and not retracted."""
+        """Return the owner's attempts that were chosen for a merge, seen by no auditor, and not retracted."""
+        ...
+
+    def merged_on_word_of(self, owner: KeyId) -> tuple[Attempt, ...]:
+        """Return others' attempts like that which passed an audit because a replica of this owner agreed."""
         ...
 
     def unjudged(self, before_round: int) -> tuple[Attempt, ...]:

@@ -46,6 +46,7 @@ def weigh(config: RunConfig, job: Job) -> Job:
     screen = _screen(config, job, cohort, audited)
     found = outliers(
         [Digest(entry.claim) for entry in cohort.entries],
+        members=[entry.member for entry in cohort.entries],
         norms2=cohort.norms2,
         gram=gram(_clipped(config, cohort)),
         audited=audited,

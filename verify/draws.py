@@ -208,7 +208,8 @@ class DrawCheck:
             return
         self._drawn += 1
         self._audited += record.confirmed > 0 or record.refuted > 0
-        if record.delivered and not record.audited and (not record.judged or record.merged):  # 4
+        looked_at = record.audited or record.confirmed or record.refuted  # as the replica in another's audit, say
+        if record.delivered and not looked_at and (not record.judged or record.merged):  # 4
             raise LogDiffers(f"{name} was drawn for an audit, and none was opened.")
         if record.delivered and not (record.confirmed or record.refuted or record.judged):
             raise LogDiffers(f"{name} was drawn for an audit, which had no end when the secret was revealed.")

@@ -78,14 +78,15 @@ def replica_turn(secret: bytes, claim: Digest, owner: str) -> int:
 def replica_offered(turn: int, *, owners: int, waited: float) -> bool:
     """Return whether a replica is offered to an owner by now.
 
-    At first to one in so many owners, and with time to more of them: to all when half of the wait is over, since
-    whoever would be first may have no machine running.
+    At first to one in so many owners, in the end to twice as many, since whoever would be first may have no machine
+    running. Never to all: then a partner without work of its own, who asks all the time, would get most replicas of
+    those whom it wants to help. What nobody takes goes to an auditor.
 
     Args:
         turn: `replica_turn`.
         owners: how many could take it. waited: share of the wait for a replica that is over.
     """
-    return turn < ONE * min(1.0, 1.0 / owners + 2.0 * waited)
+    return turn * owners < ONE * (1.0 + waited)
 
 
 def weigh_seed(secret: bytes, round_number: int) -> bytes:

@@ -2,7 +2,7 @@
 
 Looks at a round's deltas, each against the others of the same round:
 
-    few         fewer than three deltas: nothing to compare with, so each is audited
+    few         deltas of fewer than three owners: nothing to compare with, so each is audited
     norm        over `norm_bound` times the median norm, or under its inverse; or far from it by the cohort's spread
     duplicate   closer to another delta than chance allows (`verify.robust.near_duplicates`); both are meant
     direction   points elsewhere than the mean of the others, far more so than is usual in this cohort
@@ -34,6 +34,7 @@ STRATA: Final = 4
 """Quarters of the timesteps, in which losses are compared one by one: poison may sit in some timesteps only."""
 _FEWEST: Final = 4
 _FEWEST_NORMS: Final = 3
+_FEWEST_OWNERS: Final = 3
 _NORM_SPREADS: Final = 3.0
 _NORM_CLEAR: Final = math.log(1.22)
 """Of a norm over the median, as a logarithm: closer than that is honest, however alike the others are. Honest norms
@@ -67,6 +68,7 @@ def loss_changes(before: Sequence[TripleLoss], after: Sequence[TripleLoss]) -> t
 def outliers(
     claims: Sequence[Digest],
     *,
+    members: Sequence[str],
     norms2: Sequence[float],
     gram: npt.NDArray[np.int64],
     audited: Collection[str],
@@ -80,14 +82,15 @@ def outliers(
     nothing but audits follows from it.
 
     Args:
+        members: the owner of each delta, by its pseudonym.
         norms2: squared norm of each delta (`diloco.weigh.weigh_delta`).
         gram: inner products of their sketches (`diloco.weigh.gram`), clipped to `norm_bound` as for the weights.
         changes: `loss_changes` of each delta that was tried on held-out triples; None where the run tries none.
         base_loss: mean held-out loss of the base on the same triples; anything where none are tried.
     """
-    if not len(claims) == len(norms2) == len(gram):
+    if not len(claims) == len(members) == len(norms2) == len(gram):
         raise ValueError(f"{len(claims)} claims, {len(norms2)} norms and {len(gram)} sketches do not belong together")
-    if len(claims) < _FEWEST_NORMS:
+    if len(set(members)) < _FEWEST_OWNERS:
         return {claim: "few" for claim in claims if claim not in audited}
     tried = [None if changes is None else changes.get(claim) for claim in claims]
     looks: tuple[tuple[Reason, Callable[[Sequence[int]], Sequence[bool]]], ...] = (

@@ -98,6 +98,10 @@ SELECT * FROM attempts WHERE device = :device AND state = 'leased';
 -- name: leased_count
 SELECT count(*) AS number FROM attempts WHERE owner = :owner AND state = 'leased';
 
+-- name: unsent_count
+SELECT count(*) AS number FROM attempts
+WHERE owner = :owner AND state IN ('claimed', 'sketched') AND deadline_ms < 9007199254740991;
+
 -- name: uploading_attempts
 SELECT * FROM attempts WHERE device = :device AND state IN ('claimed', 'sketched') ORDER BY deadline_ms, sequence;
 
@@ -124,7 +128,9 @@ WHERE attempts.round = :round AND attempts.state = 'received' AND attempts.scrut
 
 -- name: wasted_count
 SELECT count(*) AS number FROM attempts
-WHERE owner = :owner AND round = :round AND (state IN ('handed_back', 'expired') OR refused);
+WHERE owner = :owner AND round = :round
+  AND (state IN ('handed_back', 'expired') OR refused
+       OR (state IN ('claimed', 'sketched') AND deadline_ms = 9007199254740991));
 
 -- name: unsent_in_doubt
 SELECT * FROM attempts
@@ -136,7 +142,18 @@ ORDER BY sequence;
 
 -- name: merged_unaudited_of_owner
 SELECT attempts.* FROM attempts JOIN units ON units.unit = attempts.unit AND units.chosen = attempts.lease
-WHERE attempts.owner = :owner AND attempts.scrutiny = 'none' AND NOT units.retracted
+WHERE attempts.owner = :owner AND NOT units.retracted
+  AND NOT EXISTS (SELECT 1 FROM opinions WHERE opinions.claim = attempts.claim_sha256)
+ORDER BY attempts.sequence;
+
+-- name: merged_on_word_of
+-- What passed its audit because a replica of this owner agreed, and for no better reason.
+SELECT DISTINCT attempts.* FROM attempts AS replica
+CROSS JOIN audits ON audits.replica = replica.lease
+CROSS JOIN attempts ON attempts.lease = audits.lease
+CROSS JOIN units ON units.unit = attempts.unit AND units.chosen = attempts.lease
+WHERE replica.owner = :owner AND attempts.owner <> :owner AND audits.state = 'passed' AND NOT units.retracted
+  AND NOT EXISTS (SELECT 1 FROM opinions WHERE opinions.claim = attempts.claim_sha256)
 ORDER BY attempts.sequence;
 
 -- name: in_doubt_count

@@ -173,7 +173,8 @@ CREATE TABLE audits (
     claim           TEXT NOT NULL,
     epoch           INTEGER NOT NULL CHECK (epoch >= 1),
     reason          TEXT NOT NULL CHECK (reason IN
-        ('probation', 'drawn', 'outlier', 'too-fast', 'conflict', 'late', 'replica', 'recheck')),
+        ('probation', 'drawn', 'outlier', 'too-fast', 'conflict', 'late', 'overdue', 'distrusted', 'replica',
+         'recheck')),
     state           TEXT NOT NULL CHECK (state IN ('wants_replica', 'replicated', 'wants_bytes', 'wants_referee',
         'wants_second', 'passed', 'failed', 'dropped')),
     deadline_ms     INTEGER NOT NULL,
@@ -199,6 +200,8 @@ CREATE TABLE opinions (
     envelope        BLOB NOT NULL,
     PRIMARY KEY (audit, claim, auditor)
 ) STRICT;
+
+CREATE INDEX opinions_by_claim ON opinions (claim);
 
 CREATE TRIGGER an_opinion_stays BEFORE UPDATE ON opinions
 BEGIN SELECT RAISE(ABORT, 'an opinion does not change'); END;

@@ -219,9 +219,9 @@ class Office(Records):
         self.clock.advance(ms)
         self._decide(deadlines.end_what_is_due)
 
-    def offer_replicas_to_all(self) -> None:
-        """Let so much time pass that every established owner may have the replicas that are wanted."""
-        self.clock.advance(replica_wait_ms(self.desk.config.rounds.lease_ms) // 2)
+    def offer_replicas_widely(self) -> None:
+        """Let so much time pass that replicas are offered to as many owners as they ever are, of two to both."""
+        self.clock.advance(replica_wait_ms(self.desk.config.rounds.lease_ms) - 1)
 
     def compare(self) -> int:
         """Compare the replicas that wait for it; return how many."""

@@ -152,6 +152,9 @@ class AuditConformance(OpensStore):
         audited_unit, drawn = deliver(filled, "b", 1, reason=AuditReason.DRAWN)
         audited = save(filled, drawn, replace(drawn, scrutiny=Scrutiny.CONFIRMED))
         save(filled, audited_unit, advance(audited_unit, UnitAccepted(lease=audited.lease))[0])
+        seen = add_audit(filled, replace(examples.audit(audited), state=AuditState.PASSED))
+        with filled.transaction():
+            filled.add_opinion(seen.audit, seen.claim, AUDITOR, "confirmed", b"opinion")
         deliver(filled, "c", 2)  # not chosen
         choose(filled, "d", 3, "bob-1")
         assert filled.merged_unaudited_of_owner(ada) == (merged,)
@@ -159,6 +162,21 @@ class AuditConformance(OpensStore):
         assert filled.merged_unaudited_of_owner(ada) == (judged,)
         save(filled, unit, replace(unit, retracted=True))
         assert filled.merged_unaudited_of_owner(ada) == ()
+
+    def test_what_passed_on_an_owners_word_alone_is_found_as_its_makers_and_as_the_words(self, filled: Store) -> None:
+        ada, bob = examples.owner("ada").owner, examples.owner("bob").owner
+        unit, drawn = deliver(filled, "a", 0, reason=AuditReason.DRAWN)
+        replica = lease(filled, "replica", 0, "bob-1")
+        confirmed = save(filled, drawn, replace(drawn, scrutiny=Scrutiny.CONFIRMED))
+        save(filled, unit, advance(unit, UnitAccepted(lease=confirmed.lease))[0])
+        assert filled.merged_on_word_of(bob) == ()
+        passed = replace(examples.audit(confirmed), state=AuditState.PASSED, replica=replica.lease)
+        audit = add_audit(filled, passed)
+        assert filled.merged_on_word_of(bob) == filled.merged_unaudited_of_owner(ada) == (confirmed,)
+        assert filled.merged_on_word_of(ada) == ()
+        with filled.transaction():
+            filled.add_opinion(audit.audit, audit.claim, AUDITOR, "confirmed", b"opinion")
+        assert filled.merged_on_word_of(bob) == filled.merged_unaudited_of_owner(ada) == ()
 
     def test_a_verdict_can_change_and_nothing_else_of_a_judged_attempt(self, filled: Store) -> None:
         judged = judge(filled, deliver(filled, "a", 0)[1])

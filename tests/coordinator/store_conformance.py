@@ -115,12 +115,14 @@ class StoreConformance(OpensStore):
             store.units(1), store.uploading_attempts(NOBODY), store.due_attempts(10**15), store.mergeable(),
             store.attempts_of_unit(unit_id), store.unjudged(10), store.evidence(lease_id), store.log_entries(1, 9),
             store.owners(), store.unsettled_units(9), store.units_to_unmerge(), store.unsent_in_doubt(9),
-            store.unmerged_of_owner(NOBODY), store.merged_unaudited_of_owner(NOBODY), store.audits_of_subject(lease_id),
+            store.unmerged_of_owner(NOBODY), store.merged_unaudited_of_owner(NOBODY), store.merged_on_word_of(NOBODY),
+            store.audits_of_subject(lease_id),
             store.audits_of_replica(lease_id), store.unmerged_blobs(), store.opinions(1),
             *(store.audits(state) for state in OPEN_AUDITS),
         )  # fmt: skip
         counts = {
             store.device_count(), store.received_count(1), store.ready_count(1), store.wasted_count(NOBODY, 1),
+            store.unsent_count(NOBODY),
             store.established_others(NOBODY), store.failed_count(NOBODY), store.in_doubt_count(1),
         }  # fmt: skip
         assert set(singles) == {None}

@@ -40,10 +40,12 @@ def screened(
     norms: Sequence[float] | None = None,
     losses: Sequence[Floats] | None = None,
     audited: frozenset[str] = frozenset(),
+    members: Sequence[str] | None = None,
 ) -> dict[Digest, str]:
     claims = CLAIMS[: len(sketches)]
     found = outliers(
         claims,
+        members=[str(number) for number in range(len(claims))] if members is None else members,
         norms2=[norm**2 for norm in norms or [1.0] * len(claims)],
         gram=gram(sketches),
         audited=audited,
@@ -144,13 +146,21 @@ def test_a_small_cohort_is_not_judged_by_itself() -> None:
     sketches[0] = -sketches[1]
     assert screened(sketches) == {}
     nothing = np.zeros((0, 0), int)
-    assert outliers([], norms2=[], gram=nothing, audited=(), changes=None, base_loss=1.0, verification=REPLAY) == {}
+    found = outliers(
+        [], members=[], norms2=[], gram=nothing, audited=(), changes=None, base_loss=1.0, verification=REPLAY
+    )
+    assert found == {}
 
 
 def test_one_or_two_deltas_have_nothing_to_be_compared_with_and_are_audited() -> None:
     assert screened(honest(1)) == {CLAIMS[0]: "few"}
     assert screened(honest(2)) == {CLAIMS[0]: "few", CLAIMS[1]: "few"}
     assert screened(honest(2), audited=frozenset({CLAIMS[0]})) == {CLAIMS[1]: "few"}
+
+
+def test_many_deltas_of_two_owners_are_no_cohort_either() -> None:
+    assert screened(honest(4), members=["ada", "ada", "bob", "ada"]) == dict.fromkeys(CLAIMS[:4], "few")
+    assert screened(honest(4), members=["ada", "ada", "bob", "cyd"]) == {}
 
 
 def test_losses_are_compared_on_the_same_triples_only() -> None:
@@ -162,6 +172,7 @@ def test_losses_are_compared_on_the_same_triples_only() -> None:
     with pytest.raises(ValueError, match="do not belong together"):
         outliers(
             CLAIMS[:2],
+            members=["ada", "bob"],
             norms2=[1.0],
             gram=np.eye(2, dtype=int),
             audited=(),
