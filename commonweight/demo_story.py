@@ -16,7 +16,9 @@ _REASONS: Final = {
     "too-fast": "it came too fast",
     "conflict": "there were two claims for one lease",
     "late": "another result for the same unit happened to come",
-    "recheck": "its owner had been banned",
+    "overdue": "its bytes came when everybody could know that it was not drawn",
+    "distrusted": "its owner had let another audit go by",
+    "recheck": "its owner had been banned, or had let an audit go by",
     "replica": "it was to repeat another volunteer's unit, and its answer was not the other's",
 }
 
