@@ -54,9 +54,9 @@ class Size:
 FULL: Final = Size(
     seeds=3,
     attacks=SHAPING,
-    left_in=("captions-permuted", "half-batch"),
-    few=Cohort(honest=5, hostile=3, rounds=24),
-    many=Cohort(honest=12, hostile=8, rounds=12),
+    left_in=(),
+    few=Cohort(honest=5, hostile=3, rounds=20),
+    many=Cohort(honest=12, hostile=8, rounds=10),
     rules=("mean", "geometric-median", "multi-krum", "nnm-clip"),
     rule_attacks=("sign-flip", "scaling", "noise", "alie", "inner-product", "captions-permuted", "skip-half", "zero"),
     rule_cohort=Cohort(honest=5, hostile=3, rounds=4),

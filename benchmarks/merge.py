@@ -65,6 +65,7 @@ VERIFICATION: Final = Verification(
     owner_cap=ONE // 4,
     weighting="nnm-clip",
     hostile_share=ONE * 2 // 5,
+    unmerge_from=0.5,
     norm_bound=3.0,
     screen_triples=0,
     evidence_sha256=None,

@@ -81,6 +81,7 @@ UNCHECKED: Final = Verification(
     owner_cap=2**24 // 4,
     weighting="mean",
     hostile_share=2**24 * 2 // 5,
+    unmerge_from=0.5,
     norm_bound=3.0,
     screen_triples=0,
     evidence_sha256=None,

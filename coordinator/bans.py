@@ -109,9 +109,16 @@ def reject(desk: Desk, attempt: Attempt, opinion: Opinion) -> None:
 def tell_retracted(desk: Desk, lease: LeaseId) -> None:
     """Give the verdict on a merged claim that was refuted while its merge was under way."""
     attempt = attempt_of(desk, lease)
-    for audit in desk.store.audits_of_subject(lease):
+    opinion = refutation(desk, attempt)
+    if opinion is not None:
+        verdicts.rejudge(desk, attempt, verdicts.retracted(desk, attempt, opinion))
+
+
+def refutation(desk: Desk, attempt: Attempt) -> Opinion | None:
+    """Return the opinion by which a claim was refuted, if it was and that stands."""
+    for audit in desk.store.audits_of_subject(attempt.lease):
         for envelope in desk.store.opinions(audit.audit) if audit.state is AuditState.FAILED else ():
             opinion = parse_payload(Opinion, parse_envelope(envelope).payload)
             if opinion.claim == attempt.claim_sha256 and opinion.auditor == audit.refuted_by:
-                verdicts.rejudge(desk, attempt, verdicts.retracted(desk, attempt, opinion))
-                return
+                return opinion
+    return None

@@ -306,6 +306,13 @@ class VerificationSettings(_Section):
     hostile_share: float = Field(
         default=0.4, ge=0, le=0.49, description="Share of a merge's deltas that the weighting is to withstand."
     )
+    unmerge_from: float = Field(
+        default=0.5,
+        ge=0,
+        le=100,
+        description="Raw difference from which a refuted delta that was merged is taken out of the model again; below "
+        "it, the honest work that would go with it is more than what is wrong in it, and it stays, without credit.",
+    )
     norm_bound: float = Field(
         default=3.0,
         ge=1,

@@ -183,7 +183,7 @@ def _unmerge_set(desk: Desk, round_number: int) -> tuple[UnmergeEntry, ...]:
     for unit in desk.store.units_to_unmerge():
         assert unit.chosen is not None
         assert unit.merged_in is not None
-        if unit.merged_in <= oldest:
+        if unit.merged_in <= oldest or not _is_taken_out(desk, unit.chosen):
             continue
         merged = desk.store.round(unit.merged_in)
         assert merged is not None
@@ -205,6 +205,13 @@ def _unmerge_set(desk: Desk, round_number: int) -> tuple[UnmergeEntry, ...]:
             )
         )
     return tuple(sorted(entries, key=lambda entry: entry.claim))
+
+
+def _is_taken_out(desk: Desk, lease: LeaseId) -> bool:
+    attempt = desk.store.attempt(lease)
+    assert attempt is not None  # it was merged
+    opinion = bans.refutation(desk, attempt)
+    return opinion is None or verdicts.is_taken_out(desk, opinion)
 
 
 def _log_key(round_number: int) -> str:

@@ -254,6 +254,8 @@ class Verification:
     owner_cap: largest share of a merge that one owner's deltas may have, where the others can fill the rest.
     weighting: the rule that gives each delta its weight by its sketch.
     hostile_share: share of a merge's deltas that the weighting withstands.
+    unmerge_from: raw difference from which a refuted delta that was merged is taken out again. Below it the honest work
+        that would go with it is more than what is wrong in it; it stays, without credit.
     norm_bound: a delta whose norm is over this many times the median is audited, and clipped to it.
     screen_triples: (picture, timestep, noise) triples of the held-out screen of unaudited deltas; 0 is no screen.
     evidence_sha256: digest of the calibration that the tolerances come from; None for the start values.
@@ -269,6 +271,7 @@ class Verification:
     owner_cap: Annotated[int, Field(ge=1, le=2**24)]
     weighting: Literal["mean", "geometric-median", "multi-krum", "nnm-clip"]
     hostile_share: Annotated[int, Field(ge=0, lt=2**23)]
+    unmerge_from: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     norm_bound: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     screen_triples: Annotated[int, Field(ge=0, le=65_536)]
     evidence_sha256: Hex32 | None

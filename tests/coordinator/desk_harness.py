@@ -282,7 +282,7 @@ class Office(Records):
         """Ask for claims to judge."""
         return self._decide(lambda desk: referees.take_audit(desk, auditor.session))
 
-    def opinion(self, auditor: Volunteer, envelope: bytes, finding: str) -> bytes:
+    def opinion(self, auditor: Volunteer, envelope: bytes, finding: str, raw_difference: float = 0.75) -> bytes:
         """Return the auditor's signed opinion on a claim."""
         claim = parse_payload(Claim, parse_envelope(envelope).payload)
         assert finding in ("confirmed", "refuted")
@@ -292,7 +292,7 @@ class Office(Records):
             unit=claim.unit,
             auditor=auditor.session.device,
             finding="confirmed" if finding == "confirmed" else "refuted",
-            raw_difference=0.0 if finding == "confirmed" else 0.75,
+            raw_difference=0.0 if finding == "confirmed" else raw_difference,
             code_difference=0.0 if finding == "confirmed" else 1.5,
             trail_agrees=finding == "confirmed",
             content_sha256="ca" * 32,
@@ -306,7 +306,9 @@ class Office(Records):
         """Hand opinions in."""
         self._decide(lambda desk: referees.submit_opinions(desk, auditor.session, envelopes))
 
-    def judge(self, auditor: Volunteer, *, believes: str = HONEST) -> tuple[str, ...] | None:
+    def judge(
+        self, auditor: Volunteer, *, believes: str = HONEST, raw_difference: float = 0.75
+    ) -> tuple[str, ...] | None:
         """Take an audit and judge it by running the unit, which gives this auditor the word `believes`.
 
         Return the findings, or None if there is nothing to judge.
@@ -320,7 +322,9 @@ class Office(Records):
             own = hashlib.sha256(f"{claim.unit} {believes}".encode()).hexdigest()
             findings.append("confirmed" if claim.artifacts[0].content_sha256 == own else "refuted")
         opinions = zip(order.claims, findings, strict=True)
-        self.submit(auditor, *(self.opinion(auditor, envelope, finding) for envelope, finding in opinions))
+        self.submit(
+            auditor, *(self.opinion(auditor, envelope, finding, raw_difference) for envelope, finding in opinions)
+        )
         return tuple(findings)
 
 

@@ -142,6 +142,28 @@ def test_what_was_merged_from_a_banned_owner_is_audited_back_taken_out_and_its_c
     assert office.unmerged(3) == set()  # once is enough
 
 
+def test_what_is_nearly_honest_work_loses_its_credit_and_stays_in_the_model(opening: Opening) -> None:
+    office = opening(floor=0)
+    eve, ada = office.volunteer("eve", record=ESTABLISHED), office.volunteer("ada", record=ESTABLISHED)
+    lazy, poison = office.deliver(eve, "a step less"), office.deliver(eve, "poison")
+    office.deliver(ada)
+    assert office.publish()
+    caught(office, eve)
+    referee = office.auditor()
+    assert office.judge(referee, raw_difference=0.49) == ("refuted",)
+    assert office.judge(referee, raw_difference=0.5) == ("refuted",)
+    verdicts = [office.verdict(work) for work in (lazy, poison)]
+    assert [verdict.code for verdict in verdicts if verdict] == ["RETRACTED", "RETRACTED"]
+    assert [verdict.sentence.rpartition(". ")[2] for verdict in verdicts if verdict] == [
+        "It is so near to honest work that it stays in the model, without credit.",
+        "What was merged of it is taken out again.",
+    ]
+    assert office.store.units_by_member() == {office.desk.member(ada.session.owner): 1}
+    office.deliver(ada)
+    assert office.publish()
+    assert office.unmerged(2) == {digest_of(poison.claim)}
+
+
 def test_what_is_taken_out_goes_in_portions_the_oldest_first(opening: Opening) -> None:
     office = opening(floor=0, planned=9)
     eve, ada = office.volunteer("eve", record=ESTABLISHED), office.volunteer("ada", record=ESTABLISHED)

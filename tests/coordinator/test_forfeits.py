@@ -8,7 +8,7 @@ from coordinator.owners import OwnerState
 from protocol.documents import Lease, digest_of, verify
 from protocol.limits import AUDIT_PATIENCE_MS
 from tests.coordinator.desk_harness import Office, Opening
-from tests.coordinator.desk_people import DRAWN, ESTABLISHED, LEASE_MS, Volunteer, Work
+from tests.coordinator.desk_people import DRAWN, ESTABLISHED, LEASE_MS, ONE, Volunteer, Work
 from tests.protocol.examples import COORDINATOR
 from verify.policy import replica_turn
 
@@ -145,11 +145,17 @@ def test_one_appeal_answers_for_every_finding_on_the_same_claim(opening: Opening
 def test_a_replica_goes_to_whose_turn_it_is_and_not_to_who_asks_first(opening: Opening) -> None:
     office = opening(floor=DRAWN, units=8)
     ada = office.volunteer("ada", record=50)
-    others = [office.volunteer(name, record=50) for name in ("bob", "cyd", "dan", "eli")]
+    office.volunteer("bob", record=50)  # so that a replica is wanted at all
     work = office.deliver(ada)
     audit = office.audit(work)
     secret = office.desk.epoch_secret(audit.epoch)
-    others.sort(key=lambda by: replica_turn(secret, audit.claim, by.session.owner), reverse=True)
+
+    def turn(by: Volunteer) -> int:
+        return replica_turn(secret, audit.claim, by.session.owner)
+
+    foremost = next(by for number in range(99) if turn(by := office.volunteer(f"first {number}")) < ONE // 4)
+    behind = [by for number in range(99) if turn(by := office.volunteer(f"last {number}")) > ONE // 2][:2]
+    others = [office.volunteer(by.name, record=50) for by in (*behind, foremost)]
     given = []
     for share in range(5):  # they ask again and again, those whose turn is last before the others
         for by in others:

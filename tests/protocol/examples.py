@@ -62,6 +62,7 @@ def run_config(*, shards: int = 5, shards_per_unit: int = 2, units: int = 4, pla
             owner_cap=2**22,
             weighting="nnm-clip",
             hostile_share=6_710_886,
+            unmerge_from=0.5,
             norm_bound=3.0,
             screen_triples=64,
             evidence_sha256="e7" * 32,

@@ -91,6 +91,7 @@ REPLAY = Verification(
     owner_cap=2**23,
     weighting="nnm-clip",
     hostile_share=6_710_886,
+    unmerge_from=0.5,
     norm_bound=3.0,
     screen_triples=0,
     evidence_sha256=None,
