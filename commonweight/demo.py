@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
@@ -60,13 +61,19 @@ class DemoRun:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make an empty folder for the demo; throw away an earlier demo's, but nothing else (`DirectoryNotEmpty`)."""
+    """Make an empty folder for the demo; throw away an earlier demo's, but nothing else.
+
+    Raises:
+        DirectoryNotEmpty: the folder is not a demo's.
+        DirectoryInUse: the earlier demo's run is being served.
+    """
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
             raise DirectoryNotEmpty(
                 f"{folder} is not empty and was not made by the demo; name another folder with --out."
             )
-        shutil.rmtree(folder)
+        with RunDirectory(folder / "run").lock() if (folder / "run").is_dir() else nullcontext():
+            shutil.rmtree(folder)  # an earlier demo that nobody serves
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
 

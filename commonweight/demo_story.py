@@ -11,7 +11,8 @@ from protocol.documents import Verification
 
 _REASONS: Final = {
     "probation": "new owners are audited always",
-    "drawn": "the secret of its epoch drew it",
+    "drawn": "a secret draw picked it, which nobody could foresee",
+    "few": "there were too few others to compare it with",
     "outlier": "it stood out among the deltas of its round",
     "too-fast": "it came too fast",
     "conflict": "there were two claims for one lease",
@@ -36,13 +37,14 @@ class Hostile:
 class Story:
     """A hostile volunteer as the log knows it. Checkpoints are numbers; `merged` maps forged claims to theirs.
 
+    `audits` counts those of its claims; `confirmed` has the numbers of those that a volunteer or an auditor confirmed.
     `first_refuted` is the first opinion against one of its claims with the reason of that audit; `banned_after` the
     number of forged claims made until the ban.
     """
 
     hostile: Hostile
     audits: int = 0
-    confirmed: int = 0
+    confirmed: set[int] = field(default_factory=set)
     first_refuted: Mapping[str, Any] | None = None
     reason: str = ""
     merged: dict[str, int] = field(default_factory=dict)
@@ -76,6 +78,8 @@ def tell(public: Path, hostile: Hostile) -> Story:
         elif kind == "audit":
             reasons[body["audit"]] = body["reason"] if mine else "replica"
             story.audits += mine
+        elif kind == "agreed" and mine:
+            story.confirmed.add(body["audit"])
         elif kind == "opinion" and mine:
             _note_opinion(story, body, reasons[body["audit"]])
         elif kind == "verdict" and mine and body["code"] == "MERGED" and hostile.claims[claim]:
@@ -89,7 +93,7 @@ def tell(public: Path, hostile: Hostile) -> Story:
 
 def _note_opinion(story: Story, body: Mapping[str, Any], reason: str) -> None:
     if body["finding"] == "confirmed":
-        story.confirmed += 1
+        story.confirmed.add(body["audit"])
     elif story.first_refuted is None:
         story.first_refuted = body
         story.reason = reason
@@ -107,10 +111,11 @@ def sentences(story: Story, rules: Verification) -> Sequence[str]:
         audits = "1 audit" if story.audits == 1 else f"{story.audits} audits"
         raw = f"raw difference {refuted['raw_difference']:.3g} (tolerance {rules.tolerance:g})"
         decoded = f"decoded {refuted['code_difference']:.3g} (tolerance {rules.code_tolerance:g})"
+        banned = f"  banned after {_units(story.banned_after or 0)}; {audits} of its claims"
         lines += [
             f"  caught: {_REASONS[story.reason]}; an auditor trained the unit again and got another delta:",
             f"    {raw}, {decoded}",
-            f"  banned after {_units(story.banned_after or 0)}; {audits} of its claims, {story.confirmed} confirmed",
+            f"{banned}, {len(story.confirmed)} confirmed",
         ]
     lines += _merged_lines(story)
     return lines

@@ -37,6 +37,7 @@ class AuditReason(Enum):
     PROBATION = "probation"  # its owner is not established
     DRAWN = "drawn"  # the epoch's secret drew it
     OUTLIER = "outlier"  # it stands out among the deltas of its merge
+    FEW = "few"  # it would be merged with deltas of fewer than two other owners
     TOO_FAST = "too-fast"  # it came in less than half its owner's audited time
     CONFLICT = "conflict"  # its device signed two claims for one lease
     LATE = "late"  # a late claim for the same unit happens to be a replica of it
@@ -47,7 +48,14 @@ class AuditReason(Enum):
 
 
 FOR_A_REFEREE: Final = frozenset(
-    {AuditReason.OUTLIER, AuditReason.TOO_FAST, AuditReason.CONFLICT, AuditReason.DISTRUSTED, AuditReason.RECHECK}
+    {
+        AuditReason.OUTLIER,
+        AuditReason.FEW,
+        AuditReason.TOO_FAST,
+        AuditReason.CONFLICT,
+        AuditReason.DISTRUSTED,
+        AuditReason.RECHECK,
+    }
 )
 """Reasons that send a claim to an auditor at once. Its owner can bring most of them about: with a replica, it could
 order a partner's confirmation whenever that one is ready to give it. Deltas that are audited back are public: copies

@@ -340,7 +340,8 @@ class Control:
         )
         weighed = settling.Weighed(outliers=answer["outliers"], weights=answer["weights"])
         for claim, reason in weighed.outliers.items():
-            logger.info("claim %s stands out (%s) and is audited", claim[:12], reason, extra={"action": "outlier"})
+            words = "has too few others beside it" if reason == "few" else f"stands out ({reason})"
+            logger.info("claim %s %s and is audited", claim[:12], words, extra={"action": "outlier"})
         await self.decide(lambda desk: settling.close(desk, plan, weighed))
 
     async def _settle(self, closed: Round) -> None:

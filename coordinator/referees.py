@@ -187,6 +187,9 @@ def _conclude(desk: Desk, audit: Audit, opinions: dict[Digest, Opinion], auditor
     for instruction in instructions:
         if isinstance(instruction, AcceptSubject):
             accept_subject(desk, moved, by_referee=True)
+        elif isinstance(instruction, RejectSubject) and moved.appealed:
+            subject = attempt_of(desk, audit.lease)
+            verdicts.rejudge(desk, subject, verdicts.upheld(desk, subject, opinions[audit.claim]))
         elif isinstance(instruction, RejectSubject):
             reject(desk, attempt_of(desk, audit.lease), opinions[audit.claim])
     if instructions and on_other is not None and other is not None:

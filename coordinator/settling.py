@@ -143,8 +143,9 @@ def close(desk: Desk, plan: MergePlan, weighed: Weighed) -> Round | None:
     mergeable = {attempt.claim_sha256: (unit, attempt) for unit, attempt in store.mergeable()}
     if current.round != plan.round or not all(entry.claim in mergeable for entry in plan.entries):
         return None
-    for claim in weighed.outliers:
-        auditing.put_in_doubt(desk, mergeable[Digest(claim)][1], AuditReason.OUTLIER)
+    for claim, reason in weighed.outliers.items():
+        why = AuditReason.FEW if reason == "few" else AuditReason.OUTLIER
+        auditing.put_in_doubt(desk, mergeable[Digest(claim)][1], why)
     if not _is_due(desk, current):
         return None
     merge = tuple(

@@ -1,5 +1,6 @@
 """Verdicts: what they say, how they are given, changed and asked for."""
 
+from coordinator.audits import Scrutiny
 from coordinator.desk import Desk
 from coordinator.leasing import release_unit
 from coordinator.sessions import Session
@@ -58,6 +59,8 @@ def unused(desk: Desk, attempt: Attempt, unit: Unit) -> Verdict:
 def too_late(desk: Desk, attempt: Attempt) -> Verdict:
     """The verdict on work that no later round may merge."""
     sentence = "The unit's round had closed without it, and no later round can merge it any more."
+    if attempt.scrutiny is Scrutiny.PENDING and not attempt.late and attempt.bytes_receipt is not None:
+        sentence = "It was in time, but its audit had not ended when the last round that could merge it closed."
     return accepted(desk, attempt, VerdictCode.TOO_LATE, sentence)
 
 
@@ -110,6 +113,17 @@ def _differs(desk: Desk, attempt: Attempt, opinion: Opinion) -> str:
         f"`commonweight verify replay {attempt.unit[:12]}` repeats that on your machine; `commonweight worker appeal "
         f"{attempt.unit[:12]}` asks a second referee, within 14 days."
     )
+
+
+def upheld(desk: Desk, attempt: Attempt, opinion: Opinion) -> Verdict:
+    """The verdict on an appeal that was wrong."""
+    unit = desk.store.unit(attempt.unit)
+    code = VerdictCode.RETRACTED if unit is not None and unit.retracted else VerdictCode.REPLAY_DIFFERS
+    sentence = (
+        f"You appealed, and a second referee found the same: raw difference {opinion.raw_difference:.3g}, decoded "
+        f"{opinion.code_difference:.3g}. The rejection and the ban stand; there is no further appeal."
+    )
+    return rejected(desk, attempt, code, sentence)
 
 
 def restored(desk: Desk, attempt: Attempt, checkpoint: int | None) -> Verdict:

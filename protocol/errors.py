@@ -132,7 +132,7 @@ class TermsNotAccepted(AccessRefused):
 
 
 class OwnerBanned(AccessRefused):
-    """This owner is banned from the run after a referee's finding; the run's operator can say more."""
+    """A referee's finding banned this owner; `commonweight worker receipts` says why, `worker appeal` asks another."""
 
     code = "OWNER_BANNED"
 

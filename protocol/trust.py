@@ -84,7 +84,7 @@ class RunTrust:
         key = PublicKey(raw=public_key)
         if str(key.key_id) != self.run:
             # Stops anybody who answers at the right address with a run of their own.
-            raise EndpointUntrusted(f"The server speaks for run {key.key_id[:12]}, not for run {self.run[:12]}.")
+            raise EndpointUntrusted(f"The server speaks for run {key.key_id}, not for run {self.run}.")
         self._root = key
 
     def admit_delegation(self, raw: bytes, *, now_ms: int) -> Delegation:

@@ -36,7 +36,7 @@ class Receipt:
         audit_share: probability of an audit, in 2^-24, promised with the claim.
         delta: the delta's file, while it is kept.
         appeal_until_ms: until when a rejection can be appealed, UTC milliseconds.
-        appealed: an appeal was sent.
+        appealed: an appeal was sent. answered: a verdict has come since.
     """
 
     run: RunId
@@ -56,6 +56,7 @@ class Receipt:
     delta: Path | None
     appeal_until_ms: int | None
     appealed: bool
+    answered: bool
     directory: Path
 
     def line(self) -> str:
@@ -64,7 +65,8 @@ class Receipt:
         checkpoint = "-" if self.checkpoint is None else str(self.checkpoint)
         unit, code = self.unit[:SHOWN_DIGITS], self.code or "-"
         place = f"{unit}  {self.round:>5}  {self.outcome:<8}  {code:<14}"
-        return f"{place}  {weight:>8}  {checkpoint:>10}  {self.sentence}"
+        appeal = " You appealed; a second referee's finding is awaited." if self.appealed and not self.answered else ""
+        return f"{place}  {weight:>8}  {checkpoint:>10}  {self.sentence}{appeal}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the receipt for programs."""
@@ -158,8 +160,13 @@ def _read(run: RunId, area: str, directory: Path) -> Receipt:
         delta=delta if delta.exists() else None,
         appeal_until_ms=given_ms + APPEAL_MS if rejected else None,
         appealed=(directory / APPEALED).exists(),
+        answered=verdict is not None and _is_older(directory / APPEALED, directory / VERDICT),
         directory=directory,
     )
+
+
+def _is_older(one: Path, other: Path) -> bool:
+    return one.exists() and one.stat().st_mtime_ns < other.stat().st_mtime_ns
 
 
 _WAITING: Final = {

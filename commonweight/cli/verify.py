@@ -78,11 +78,13 @@ def draws(
 
 
 def _draw_lines(report: "DrawReport", entries: int, signed: int, *, with_home: bool) -> Sequence[str]:
+    settled = report.drawn - report.audited
+    early = f", {settled} settled before (replicas, too late for any merge, of a banned owner)" if settled else ""
     rows = {
         "log": f"{entries} entries, chained; {signed} of them under a signed manifest",
         "epochs": f"{report.epochs}, of which {report.revealed} are revealed: each secret is the promised one",
         "claims": f"{report.claims}, each with the probability of its owner's record; {report.delivered} with bytes",
-        "drawn": f"{report.drawn} in revealed epochs; {report.audited} of them audited, the others judged without",
+        "drawn": f"{report.drawn} in revealed epochs, newcomers' included; {report.audited} of them audited{early}",
         "audits": ", ".join(f"{count} {reason}" for reason, count in report.audits.items()) or "none",
         "run again": f"{report.replicas} units by volunteers, {report.replays} by auditors: "
         f"{100 * report.overhead:.1f} % on top of the work itself",
@@ -190,8 +192,8 @@ def _evidence(
     found = own or finding.public_evidence(place, files, trust)
     if found is None:
         raise UsageError(
-            f"No delta of unit {place.unit[:12]} is at hand: it is none of this home's, and none was merged. Give one "
-            "with --delta."
+            f"No delta of unit {place.unit[:12]} is at hand: this home keeps none of it (any more), and none was "
+            "merged. Give one with --delta."
         )
     return found
 

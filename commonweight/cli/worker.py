@@ -86,6 +86,8 @@ def receipts(
 
     place = (home or default_home()).absolute()
     wanted = run_id(run)
+    if not (place / "spool").is_dir():
+        raise UsageError(f"No worker has finished a unit in {place}; name its folder with --home.")
     for number, name in enumerate(runs_of(place) if wanted is None else (wanted,)):
         found = read_receipts(place, name)
         if json:
@@ -122,16 +124,18 @@ def appeal(
     if join is None and receipt.run not in known:
         raise UsageError(f"It is not known any more where run {receipt.run[:12]} is; give its join string with --join.")
     asyncio.run(send_appeal(known[receipt.run] if join is None else JoinString.parse(join), place, receipt))
-    typer.echo(f"Unit {receipt.unit[:12]} (claim {receipt.claim[:12]}) goes to a second referee.")
+    typer.echo(f"Unit {receipt.unit[:12]} (claim {receipt.claim[:12]}) waits for a second referee.")
     typer.echo(
-        "Its verdict comes when `commonweight worker start` runs again; `commonweight worker receipts` shows it."
+        "The run may have to find one first. The verdict comes when `commonweight worker start` runs again; "
+        "`commonweight worker receipts` shows it."
     )
 
 
 def _counted(receipts: "Sequence[Receipt]") -> str:
     outcomes = [receipt.outcome for receipt in receipts]
     counts = [f"{outcomes.count(outcome)} {outcome}" for outcome in ("accepted", "rejected", "waiting", "refused")]
-    return f"{len(receipts)} units finished; " + ", ".join(count for count in counts if not count.startswith("0 "))
+    told = ", ".join(count for count in counts if not count.startswith("0 "))
+    return f"{len(receipts)} unit{'' if len(receipts) == 1 else 's'} finished{'; ' if told else ''}{told}"
 
 
 async def _start(settings: "WorkerSettings", reporter: "Reporter") -> None:

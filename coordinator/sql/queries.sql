@@ -160,7 +160,7 @@ ORDER BY attempts.sequence;
 SELECT (SELECT count(*) FROM attempts
         WHERE epoch = :epoch AND scrutiny = 'pending' AND state IN ('claimed', 'sketched', 'received'))
      + (SELECT count(*) FROM audits
-        WHERE epoch = :epoch AND reason IN ('probation', 'drawn', 'too-fast', 'outlier', 'conflict', 'late')
+        WHERE epoch = :epoch AND reason IN ('probation', 'drawn', 'too-fast', 'outlier', 'few', 'conflict', 'late')
           AND NOT appealed
           AND state IN ('wants_replica', 'replicated', 'wants_bytes', 'wants_referee', 'wants_second')) AS number;
 

@@ -173,7 +173,7 @@ CREATE TABLE audits (
     claim           TEXT NOT NULL,
     epoch           INTEGER NOT NULL CHECK (epoch >= 1),
     reason          TEXT NOT NULL CHECK (reason IN
-        ('probation', 'drawn', 'outlier', 'too-fast', 'conflict', 'late', 'overdue', 'distrusted', 'replica',
+        ('probation', 'drawn', 'outlier', 'few', 'too-fast', 'conflict', 'late', 'overdue', 'distrusted', 'replica',
          'recheck')),
     state           TEXT NOT NULL CHECK (state IN ('wants_replica', 'replicated', 'wants_bytes', 'wants_referee',
         'wants_second', 'passed', 'failed', 'dropped')),

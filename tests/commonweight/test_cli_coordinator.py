@@ -12,6 +12,7 @@ from commonweight.cli.main import run
 from commonweight.digits import LICENCE, SOURCE, caption, load_digits, write_digits
 from coordinator.directory import RunDirectory
 from coordinator.settings import Settings
+from diloco import NUMERICS
 from diloco.shards import Shard
 from mmdit.conditioning import encode_caption
 from protocol.keys import PrivateKey
@@ -132,7 +133,7 @@ def test_the_command_is_a_real_process_with_a_version_and_quick_help() -> None:
     command = [sys.executable, "-P", "-m", "commonweight"]
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("commonweight ")
-    assert "numerics 1" in done.stdout
+    assert f"numerics {NUMERICS}" in done.stdout
     listing = subprocess.run(
         [sys.executable, "-P", "-X", "importtime", "-m", "commonweight", "coordinator", "--help"],
         capture_output=True,

@@ -50,7 +50,10 @@ def test_a_refutation_that_a_second_auditor_repeats_stands_for_good(opening: Ope
     work = refuted(office)
     office.appeal(work)
     assert office.judge(office.auditor("second")) == ("refuted",)
-    assert office.code(work) == "REPLAY_DIFFERS"
+    verdict = office.verdict(work)
+    assert verdict is not None
+    assert (verdict.code, verdict.outcome) == ("REPLAY_DIFFERS", "rejected")
+    assert "a second referee found the same" in verdict.sentence
     assert office.owner(work.by)[0] is OwnerState.BANNED
     with pytest.raises(AppealRefused):
         office.appeal(work)

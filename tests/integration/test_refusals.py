@@ -18,6 +18,7 @@ import pytest
 
 from coordinator.sqlite_store import SqliteStore
 from coordinator.units import AttemptState
+from diloco import NUMERICS
 from diloco.container import expected_header
 from protocol import calls
 from protocol.documents import Digest, Lease, LeaseId
@@ -125,7 +126,7 @@ def test_a_worker_of_other_numerics_is_told_what_to_install(served: LiveRun) -> 
         async with connected(served.join, session=False) as peer:
             error = await refused(peer.open_session(await peer.proof(numerics=99)))
             is_refusal(error, NumericsMismatch)
-            assert "numerics 1" in error.message
+            assert f"numerics {NUMERICS}" in error.message
             assert "99" in error.message
             assert "Install" in error.message
 

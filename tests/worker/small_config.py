@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diloco import NUMERICS
 from diloco.checkpoint import write_checkpoint
 from diloco.genesis import initial_state
 from diloco.shards import ShardInfo, write_shard
@@ -21,6 +22,7 @@ def small_config(shards: tuple[ShardRef, ...], *, units: int, steps: int) -> Run
     model = replace(PRESETS["digits"], num_layers=2)
     return replace(
         example,
+        numerics=NUMERICS,
         model=model.to_diffusers(),
         conditioning={"kind": "byte-patch", "max_tokens": 8, "token_dim": 64, "pooled_dim": 64},
         space={"kind": "pixel", "channels": 1, "height": 8, "width": 8, "shift": -1.0, "scale": 2.0},

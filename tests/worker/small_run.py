@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
+from diloco import NUMERICS
 from diloco.container import Container, container_size
 from protocol import calls
 from protocol.assignment import unit_id, unit_seed, unit_shards
@@ -90,7 +91,7 @@ class SmallRun(SmallAudits):
         self.verdict_for: Callable[[Attempt], str | None] = lambda attempt: (
             "accepted" if attempt.bytes_receipt else None
         )
-        self.numerics = 1
+        self.numerics = NUMERICS
         self.finish_when_done = True
         self.sign_receipts_with = self.key
         self.lease_ms = HOUR_MS

@@ -105,7 +105,7 @@ def test_who_was_rejected_wrongly_can_show_it_and_appeal(
     assert f"own claim {run.attempts[1].claim_sha256[:12]}, rejected REPLAY_DIFFERS" in shown.out
     assert "trail                 the same, bit for bit" in shown.out
     assert "confirmed:" in shown.out
-    assert "goes to a second referee" in shown.out
+    assert "waits for a second referee" in shown.out
     assert "[APPEAL_REFUSED]" in shown.err
     assert run.appeals == [run.attempts[1].claim_sha256]
     assert [receipt.appealed for receipt in read_receipts(home, run.run)] == [False, True, False]
