@@ -100,7 +100,7 @@ def test_a_run_of_newcomers_is_audited_by_its_own_auditor_merged_and_can_be_chec
         run.await_checkpoint(3)
         until(lambda: len(entries(run, "epoch-revealed")) == 3, 20, "the secrets' revelation")
 
-        assert {body["reason"] for body in entries(run, "audit")} <= {"probation", "drawn", "outlier"}
+        assert {body["reason"] for body in entries(run, "audit")} <= {"probation", "drawn", "outlier", "few"}
         assert {body["finding"] for body in entries(run, "opinion")} == {"confirmed"}
         assert [body["event"] for body in entries(run, "owner")][:3] == ["audit-passed", "audit-passed", "promoted"]
         assert {"MERGED"} <= {verdict["code"] for verdict in ada.events("verdict")} <= {"MERGED", "TOO_LATE"}
