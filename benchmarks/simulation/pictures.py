@@ -37,7 +37,7 @@ def plot_excess(found: Sequence[Excess], path: Path, *, target: float) -> None:
     axes.set_yticks(range(len(ordered)), [f"{one.attack} ({one.volunteers})" for one in ordered], fontsize=8)
     axes.axvline(0.0, color="grey", linewidth=0.8)
     axes.axvline(100 * target, color="black", linestyle="--", linewidth=1)
-    axes.set_xlabel("excess held-out loss over the honest alone, per cent (mean, two standard errors)")
+    axes.set_xlabel("excess over the honest alone, per cent (mean, two standard errors)")
     axes.set_title("What hostile volunteers (3 of 8, 8 of 20) cost a run, by attack (volunteers)", fontsize=10)
     axes.grid(alpha=0.3, axis="x")
     path.parent.mkdir(parents=True, exist_ok=True)
