@@ -47,6 +47,14 @@ class Setting:
         self._stack = stack
         folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def key(self) -> str:
+        """What kept cells must agree on: everything of the config that a measurement depends on, by value."""
+        config = self.run.config
+        parts = (config.numerics, config.model, config.training, config.codec, config.seed)
+        rules = (config.verification.tolerance, config.verification.code_tolerance)
+        return hashlib.sha256(repr((parts, rules)).encode()).hexdigest()
+
     @cached_property
     def laboratory(self) -> Laboratory:
         """Processes that train the run's units in every way that this machine has; started when first asked for."""
@@ -76,24 +84,24 @@ class Setting:
 
 
 class Cells:
-    """Results on disk, one JSON file each; a file that was measured on another run's config does not count."""
+    """Results on disk, one JSON file each; a file that was measured under another key does not count."""
 
     def __init__(self, folder: Path | None) -> None:
         """A quick run has no folder, and keeps nothing."""
         self._folder = folder
 
-    def get(self, name: str, config_sha256: str, measure: Callable[[], Any]) -> Any:
+    def get(self, name: str, key: str, measure: Callable[[], Any]) -> Any:
         """Return the cell, measured now if it is not there."""
         path = None if self._folder is None else self._folder / f"{name}.json"
         if path is not None and path.exists():
             kept = json.loads(path.read_text())
-            if kept["config"] == config_sha256:
+            if kept["key"] == key:
                 return kept["cell"]
         cell = measure()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_suffix(".new")
-            new.write_text(json.dumps({"config": config_sha256, "cell": cell}))
+            new.write_text(json.dumps({"key": key, "cell": cell}))
             new.replace(path)
         return cell
 

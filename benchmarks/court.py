@@ -18,7 +18,6 @@ from diloco.container import Container, write_container
 from diloco.determinism import set_precision
 from diloco.sketch import sketch
 from diloco.unit import run_unit
-from protocol.documents import digest_of
 from verify.attacks import ATTACKS, AttackKind, AttackWorld, Delta, norm, world_of
 from verify.calibration import DEFAULT_TOLERANCES, START_TOLERANCE
 from verify.compare import compare, judge, sketch_difference
@@ -72,7 +71,7 @@ def attack_cell(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in SHAPING}
     for index in range(units):
         measure = partial(_attacked, setting, index, folder)
-        cell = cells.get(f"attacks-{precision}-{index:02d}", digest_of(setting.run.config), measure)
+        cell = cells.get(f"attacks-{precision}-{index:02d}", setting.key, measure)
         for name in SHAPING:
             found[name].append(cell[name])
         say(f"{precision} attacks {index + 1}/{units}")
@@ -154,7 +153,7 @@ def measure_hidden(folder: Path, precisions: Sequence[Precision], units: int, ce
         cell = [
             cells.get(
                 f"hidden-{precision}-{index:02d}",
-                digest_of(setting.run.config),
+                setting.key,
                 partial(_hidden, setting, index, folder),
             )
             for index in range(units)

@@ -24,7 +24,6 @@ from benchmarks.cells import PRECISIONS, TRAINED_ROUNDS, Cells, Precision, Setti
 from benchmarks.court import measure_attacks, measure_hidden
 from benchmarks.plots import PICTURES, Thresholds, plot_thresholds
 from benchmarks.report import RESULTS, Cell, Report
-from protocol.documents import digest_of
 from verify.calibration import CHEATS, DEFAULT_TOLERANCES
 from verify.laboratory import Measured, Pair
 
@@ -61,7 +60,7 @@ def honest_cell(setting: Setting, checkpoint: int, units: int, cells: Cells, nam
     pairs: list[Pair] = []
     for index in range(units):
         measure = partial(_measure_unit, setting, checkpoint, index)
-        cell = cells.get(f"honest-{name}-{checkpoint}-{index:02d}", digest_of(setting.run.config), measure)
+        cell = cells.get(f"honest-{name}-{checkpoint}-{index:02d}", setting.key, measure)
         measured = _measured(cell)
         pairs += measured.honest + measured.cheats
         say(f"{name} from checkpoint {checkpoint}: {index + 1}/{units}")
