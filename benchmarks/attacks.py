@@ -39,7 +39,6 @@ class Size:
 
     seeds: int
     attacks: tuple[str, ...]
-    left_in: tuple[str, ...]
     few: Cohort
     many: Cohort
     rules: tuple[str, ...]
@@ -54,7 +53,6 @@ class Size:
 FULL: Final = Size(
     seeds=3,
     attacks=SHAPING,
-    left_in=(),
     few=Cohort(honest=5, hostile=3, rounds=20),
     many=Cohort(honest=12, hostile=8, rounds=10),
     rules=("mean", "geometric-median", "multi-krum", "nnm-clip"),
@@ -68,7 +66,6 @@ FULL: Final = Size(
 QUICK: Final = Size(
     seeds=1,
     attacks=("sign-flip",),
-    left_in=(),
     few=Cohort(honest=3, hostile=2, rounds=2),
     many=Cohort(honest=4, hostile=2, rounds=1),
     rules=("mean", "nnm-clip"),
@@ -257,7 +254,6 @@ def measure(name: str, bench: Bench, size: Size, odds: Mapping[str, Odds], *, dr
             bench,
             report,
             attacks=size.attacks,
-            left_in=size.left_in,
             few=size.few,
             many=size.many,
             seeds=size.seeds,

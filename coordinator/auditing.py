@@ -1,4 +1,4 @@
-"""Audits on the books: opened, moved, dropped, and what of a claim may be merged while one is open.
+"""Audits on the books: opened, moved, read, and what of a claim may be merged while one is open.
 
 The rules are in `coordinator.audits`; here, and in `replicas`, `referees`, `appeals`, `acceptance` and `bans`, they
 meet the database. Source: PROTOCOL.md section 5.
@@ -6,7 +6,6 @@ meet the database. Source: PROTOCOL.md section 5.
 
 from dataclasses import replace
 
-from coordinator import verdicts
 from coordinator.audits import (
     FOR_A_REFEREE,
     OPEN_AUDITS,
@@ -16,19 +15,14 @@ from coordinator.audits import (
     AuditState,
     ReplicaMissing,
     Scrutiny,
-    SubjectGone,
     advance,
     replica_wait_ms,
 )
 from coordinator.desk import Desk
-from coordinator.owners import AuditFailed, OwnerState
-from coordinator.records import owner_of, tell
 from coordinator.rounds import RoundState
 from coordinator.units import Attempt, AttemptState
 from protocol.documents import LeaseId, Opinion, parse_payload
 from protocol.envelope import parse_envelope
-
-_CLAIMED = (AttemptState.CLAIMED, AttemptState.SKETCHED, AttemptState.EXCUSED, AttemptState.RECEIVED)
 
 
 def open_audit(desk: Desk, subject: Attempt, reason: AuditReason, replica: Attempt | None = None) -> Audit:
@@ -102,40 +96,6 @@ def replica_gone(desk: Desk, lease: LeaseId) -> None:
             move(desk, audit, ReplicaMissing())
 
 
-def drop(desk: Desk, audit: Audit) -> None:
-    """End an audit whose subject was judged for another reason; its replica keeps its credit if nobody refuted it."""
-    move(desk, audit, SubjectGone())
-    if audit.replica is None:
-        return
-    other = attempt_of(desk, audit.replica)
-    if other.state not in _CLAIMED or other.scrutiny is Scrutiny.CONFIRMED:
-        return
-    if _is_refuted(desk, audit, other):
-        verdicts.judge(desk, other, verdicts.undecided(desk, other))
-        if owner_of(desk, other.owner).state is OwnerState.ESTABLISHED:
-            tell(desk, other.owner, AuditFailed())
-    else:
-        verdicts.judge(desk, other, verdicts.uncompared(desk, other))
-
-
-def _is_refuted(desk: Desk, audit: Audit, other: Attempt) -> bool:
-    opinions = (
-        parse_payload(Opinion, parse_envelope(envelope).payload) for envelope in desk.store.opinions(audit.audit)
-    )
-    return any(opinion.claim == other.claim_sha256 and opinion.finding == "refuted" for opinion in opinions)
-
-
-def drop_pruned(desk: Desk, published: int) -> None:
-    """End audits back whose deltas are kept no longer: nobody can judge them, and they must not keep auditors busy."""
-    oldest = published - desk.retain_rounds if desk.retain_rounds else 0
-    for state in (AuditState.WANTS_REFEREE, AuditState.WANTS_SECOND):
-        for audit in desk.store.audits(state):
-            unit = desk.store.unit(audit.unit)
-            assert unit is not None
-            if unit.merged_in is not None and unit.merged_in <= oldest and unit.chosen == audit.lease:
-                drop(desk, audit)
-
-
 def in_closed_merge(desk: Desk, attempt: Attempt) -> bool:
     """Say whether the attempt is in a merge set that is fixed and not published yet."""
     current = desk.store.latest_round()
@@ -162,3 +122,10 @@ def attempt_of(desk: Desk, lease: LeaseId) -> Attempt:
     found = desk.store.attempt(lease)
     assert found is not None  # a foreign key
     return found
+
+
+def opinions_of(desk: Desk, audit: Audit) -> tuple[Opinion, ...]:
+    """Return the opinions given in an audit, which were verified when they came."""
+    return tuple(
+        parse_payload(Opinion, parse_envelope(envelope).payload) for envelope in desk.store.opinions(audit.audit)
+    )

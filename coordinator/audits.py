@@ -246,12 +246,7 @@ class FetchReplica:
     """Ask the replica's device for its bytes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaveUndecided:
-    """Merge neither the subject nor the replica, and ban nobody."""
-
-
-Instruction: TypeAlias = AcceptSubject | RejectSubject | FetchReplica | LeaveUndecided
+Instruction: TypeAlias = AcceptSubject | RejectSubject | FetchReplica
 
 
 def advance(thing: Audit, event: AuditEvent) -> tuple[Audit, tuple[Instruction, ...]]:
@@ -272,8 +267,6 @@ def advance(thing: Audit, event: AuditEvent) -> tuple[Audit, tuple[Instruction, 
         case BothRefuted():
             judged: tuple[Instruction, ...] = (RejectSubject(),) if state is AuditState.FAILED else ()
             return replace(moved, refuted_by=event.auditor, deadline_ms=event.deadline_ms), judged
-        case Unanswered():
-            return moved, (LeaveUndecided(),)
         case Appealed():
             return replace(moved, appealed=True), ()
         case _:

@@ -1,27 +1,29 @@
-"""Bans, and the audits back that follow them: what else of this owner's is in the model?"""
+"""Bans and distrust: what ends with an owner's standing, and the audits back of what it had merged."""
 
 from dataclasses import replace
 
 from coordinator import verdicts
 from coordinator.auditing import (
     attempt_of,
-    drop,
     in_closed_merge,
     is_open,
+    move,
     open_audit,
+    opinions_of,
     put_in_doubt,
     replica_gone,
     serves,
 )
-from coordinator.audits import AuditReason, AuditState, Scrutiny
+from coordinator.audits import Audit, AuditReason, AuditState, Scrutiny, SubjectGone
 from coordinator.desk import Desk
 from coordinator.leasing import end_lease
 from coordinator.owners import AuditFailed, Banned, OwnerState, RecheckMerged
 from coordinator.records import owner_of, tell
 from coordinator.units import Attempt, AttemptState, Expired
-from protocol.documents import LeaseId, Opinion, parse_payload
-from protocol.envelope import parse_envelope
+from protocol.documents import LeaseId, Opinion
 from protocol.keys import KeyId
+
+_CLAIMED = (AttemptState.CLAIMED, AttemptState.SKETCHED, AttemptState.EXCUSED, AttemptState.RECEIVED)
 
 
 def ban(desk: Desk, owner: KeyId) -> None:
@@ -87,6 +89,33 @@ def audit_back(desk: Desk, owner: KeyId, newest: int | None = None) -> None:
             open_audit(desk, attempt, AuditReason.RECHECK)
 
 
+def drop(desk: Desk, audit: Audit) -> None:
+    """End an audit whose subject was judged for another reason; its replica keeps its credit if nobody refuted it."""
+    move(desk, audit, SubjectGone())
+    if audit.replica is None:
+        return
+    other = attempt_of(desk, audit.replica)
+    if other.state not in _CLAIMED or other.scrutiny is Scrutiny.CONFIRMED:
+        return
+    said = [opinion.finding for opinion in opinions_of(desk, audit) if opinion.claim == other.claim_sha256]
+    if "refuted" in said:
+        verdicts.judge(desk, other, verdicts.undecided(desk, other))
+        distrust(desk, other.owner)
+    else:
+        verdicts.judge(desk, other, verdicts.uncompared(desk, other))
+
+
+def drop_pruned(desk: Desk, published: int) -> None:
+    """End audits back whose deltas are kept no longer: nobody can judge them, and they must not keep auditors busy."""
+    oldest = published - desk.retain_rounds if desk.retain_rounds else 0
+    for state in (AuditState.WANTS_REFEREE, AuditState.WANTS_SECOND):
+        for audit in desk.store.audits(state):
+            unit = desk.store.unit(audit.unit)
+            assert unit is not None
+            if unit.merged_in is not None and unit.merged_in <= oldest and unit.chosen == audit.lease:
+                drop(desk, audit)
+
+
 def reject(desk: Desk, attempt: Attempt, opinion: Opinion) -> None:
     """Reject a refuted claim, or take it back if it was merged; and ban its owner."""
     unit = desk.store.unit(attempt.unit)
@@ -117,8 +146,7 @@ def tell_retracted(desk: Desk, lease: LeaseId) -> None:
 def refutation(desk: Desk, attempt: Attempt) -> Opinion | None:
     """Return the opinion by which a claim was refuted, if it was and that stands."""
     for audit in desk.store.audits_of_subject(attempt.lease):
-        for envelope in desk.store.opinions(audit.audit) if audit.state is AuditState.FAILED else ():
-            opinion = parse_payload(Opinion, parse_envelope(envelope).payload)
+        for opinion in opinions_of(desk, audit) if audit.state is AuditState.FAILED else ():
             if opinion.claim == attempt.claim_sha256 and opinion.auditor == audit.refuted_by:
                 return opinion
     return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from coordinator import verdicts
 from coordinator.acceptance import accept_subject
-from coordinator.auditing import attempt_of, in_closed_merge, standing_beside
+from coordinator.auditing import attempt_of, in_closed_merge, opinions_of, standing_beside
 from coordinator.audits import (
     AcceptSubject,
     Audit,
@@ -30,7 +30,7 @@ from coordinator.records import owner_of, tell
 from coordinator.sessions import Session
 from coordinator.units import Attempt, AttemptState, UnitState
 from protocol.canonical import sha256_hex
-from protocol.documents import Artifact, Digest, Opinion, parse_payload, verify
+from protocol.documents import Artifact, Digest, Opinion, verify
 from protocol.envelope import parse_envelope
 from protocol.errors import AuditUnknown, PayloadInvalid
 from protocol.keys import KeyId
@@ -90,8 +90,7 @@ def _patience_ms(desk: Desk) -> int:
 def _judges(desk: Desk, audit: Audit) -> set[KeyId]:
     """Return who has given an opinion on an audit's claim already."""
     audits = (*desk.store.audits_of_subject(audit.lease), *desk.store.audits_of_replica(audit.lease))
-    envelopes = [envelope for other in audits for envelope in desk.store.opinions(other.audit)]
-    opinions = [parse_payload(Opinion, parse_envelope(envelope).payload) for envelope in envelopes]
+    opinions = [opinion for other in audits for opinion in opinions_of(desk, other)]
     return {KeyId(opinion.auditor) for opinion in opinions if opinion.claim == audit.claim}
 
 

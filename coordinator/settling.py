@@ -41,7 +41,7 @@ from protocol.envelope import parse_envelope
 from protocol.errors import Bug
 from protocol.limits import UNMERGE_PER_ROUND
 from protocol.log import log_line
-from verify.policy import influence, weigh_seed
+from verify.policy import influence, is_taken_out, weigh_seed
 from verify.weights import Candidate, merge_weights
 
 
@@ -212,7 +212,7 @@ def _is_taken_out(desk: Desk, lease: LeaseId) -> bool:
     attempt = desk.store.attempt(lease)
     assert attempt is not None  # it was merged
     opinion = bans.refutation(desk, attempt)
-    return opinion is None or verdicts.is_taken_out(desk, opinion)
+    return opinion is None or is_taken_out(desk.config.verification, opinion.raw_difference)
 
 
 def _log_key(round_number: int) -> str:
@@ -311,7 +311,7 @@ def record_published(desk: Desk, round_number: int, *, manifest_sha256: Digest, 
     last = round_number >= desk.config.rounds.planned
     # After the last round there is no later one that could merge what is still on its way.
     _end_rounds(desk, round_number if last else round_number - desk.config.rounds.staleness_bound, last=last)
-    auditing.drop_pruned(desk, round_number)
+    bans.drop_pruned(desk, round_number)
     epochs.reveal_epochs(desk, round_number)
     if not last:
         open_round(desk, round_number + 1, weights_sha256)
@@ -345,7 +345,7 @@ def _end_rounds(desk: Desk, newest: int, *, last: bool) -> None:
         if unit_of.state is UnitState.SETTLED:
             verdicts.judge(desk, attempt, verdicts.unused(desk, attempt, unit_of))
             for audit in waiting:
-                auditing.drop(desk, audit)
+                bans.drop(desk, audit)
 
 
 def _record_merged(desk: Desk, entry: MergeEntry, checkpoint: int) -> None:

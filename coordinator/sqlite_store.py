@@ -31,7 +31,7 @@ from coordinator.sqlite_rows import (
     unit_of,
     unit_row,
 )
-from coordinator.units import Attempt, Outcome, Unit, UnitState
+from coordinator.units import NEVER_MS, Attempt, Outcome, Unit, UnitState
 from protocol.documents import Digest, LeaseId, UnitId
 from protocol.errors import StaleRow
 from protocol.keys import KeyId
@@ -225,7 +225,7 @@ class SqliteStore:
 
     def unsent_count(self, owner: KeyId) -> int:
         """See `Store.unsent_count`."""
-        return self._count("unsent_count", owner=owner)
+        return self._count("unsent_count", owner=owner, never_ms=NEVER_MS)
 
     def uploading_attempts(self, device: KeyId) -> tuple[Attempt, ...]:
         """See `Store.uploading_attempts`."""
@@ -254,7 +254,7 @@ class SqliteStore:
 
     def wasted_count(self, owner: KeyId, round_number: int) -> int:
         """See `Store.wasted_count`."""
-        return self._count("wasted_count", owner=owner, round=round_number)
+        return self._count("wasted_count", owner=owner, round=round_number, never_ms=NEVER_MS)
 
     def unsent_in_doubt(self, round_number: int) -> tuple[Attempt, ...]:
         """See `Store.unsent_in_doubt`."""

@@ -9,6 +9,7 @@ from coordinator.units import Instruction as Instruct
 from protocol.documents import Digest, Opinion, Verdict, sign, verify
 from protocol.errors import Refusal
 from protocol.verdicts import VerdictCode
+from verify.policy import is_taken_out
 
 
 def accepted(
@@ -91,18 +92,9 @@ def differs(desk: Desk, attempt: Attempt, opinion: Opinion) -> Verdict:
 def retracted(desk: Desk, attempt: Attempt, opinion: Opinion) -> Verdict:
     """The verdict on a merged claim that an audit back refuted."""
     follows = " What was merged of it is taken out again."
-    if not is_taken_out(desk, opinion):
+    if not is_taken_out(desk.config.verification, opinion.raw_difference):
         follows = " It is so near to honest work that it stays in the model, without credit."
     return rejected(desk, attempt, VerdictCode.RETRACTED, _differs(desk, attempt, opinion) + follows)
-
-
-def is_taken_out(desk: Desk, opinion: Opinion) -> bool:
-    """Say whether a merged delta of which a referee found this is taken out of the model again.
-
-    In the place of a refuted delta there should be the honest one. Left in, it is off by what is wrong in it; taken
-    out, by all of the honest work that goes with it.
-    """
-    return opinion.raw_difference >= desk.config.verification.unmerge_from
 
 
 def _differs(desk: Desk, attempt: Attempt, opinion: Opinion) -> str:

@@ -94,6 +94,18 @@ def weigh_seed(secret: bytes, round_number: int) -> bytes:
     return hmac.digest(secret, b"weigh/%d" % round_number, hashlib.sha256)
 
 
+def is_taken_out(v: Verification, raw_difference: float) -> bool:
+    """Return whether a merged delta that a referee refuted is taken out of the model again.
+
+    In the place of a refuted delta there should be the honest one. Left in, it is off by what is wrong in it; taken
+    out, by all of the honest work that goes with it.
+
+    Args:
+        raw_difference: what the referee found, relative to the honest delta.
+    """
+    return raw_difference >= v.unmerge_from
+
+
 def too_fast(trained_ms: int, audited_ms: int) -> bool:
     """Return whether a unit took less than half of the shortest time in which its owner did one that was audited.
 

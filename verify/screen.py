@@ -13,8 +13,7 @@ An outlier is a question, not a finding: only a replay answers it. Every honest 
 audit, so thresholds lie where honest deltas of real small units practically never come, and widen for small cohorts,
 whose spread is known badly, unless a difference is large by itself: by a fifth of the norm, by a tenth of the loss.
 Measured on 816 honest deltas of two small runs (0.08 million parameters, 10 steps), the looks that do not widen
-on 320 of two more, drawn into cohorts of 3 to 24: fewer than 1 in 1,000 were flagged. Of three who skip half of their
-steps beside five honest ones, 93 % were.
+on 320 of two more, drawn into cohorts of 3 to 24: fewer than 1 in 1,000 were flagged.
 """
 
 import math
@@ -33,7 +32,6 @@ Reason = Literal["few", "norm", "duplicate", "direction", "loss"]
 STRATA: Final = 4
 """Quarters of the timesteps, in which losses are compared one by one: poison may sit in some timesteps only."""
 _FEWEST: Final = 4
-_FEWEST_NORMS: Final = 3
 _FEWEST_OWNERS: Final = 3
 _NORM_SPREADS: Final = 3.0
 _NORM_CLEAR: Final = math.log(1.22)

@@ -57,17 +57,13 @@ class RealPhysics:
         memo: folder of honest raw deltas; several processes may share it.
         weighting: another rule than the config's for weighing merges, without a look for outliers; None for the
             config's own rule, with one. Unit ids follow from the config: so rules can be compared on the same units.
-        unmerges: whether refuted deltas are taken out of the weights again, to see what that is worth.
     """
 
-    def __init__(
-        self, small: SmallRun, folder: Path, *, memo: Path, weighting: Weighting | None = None, unmerges: bool = True
-    ) -> None:
+    def __init__(self, small: SmallRun, folder: Path, *, memo: Path, weighting: Weighting | None = None) -> None:
         set_precision("cpu", 1)
         self.config = small.config
         self._small = small
         self._blind = None if weighting is None else replace(small.config.verification, weighting=weighting)
-        self._unmerges = unmerges
         self._folder = folder
         self._memo = memo
         for name in (folder / "blobs", memo):
@@ -105,7 +101,7 @@ class RealPhysics:
                     "path": str(self.blob(entry.blob_sha256)),
                     "rounds_ago": number - 1 - entry.checkpoint,
                 }
-                for entry in (closed.unmerge if self._unmerges else ())
+                for entry in closed.unmerge
             ],
         }
         files = {entry["path"]: entry["sha256"] for entry in settler.merge(self.config, job)["files"]}

@@ -104,7 +104,6 @@ def train(
     memo: Path,
     verification: Verification | None = None,
     weighting: Weighting | None = None,
-    unmerges: bool = True,
     chance: int = 0,
 ) -> Trained:
     """Play a run with real training.
@@ -117,7 +116,6 @@ def train(
         seed: another seed is another model and other pictures.
         memo: folder of honest deltas that runs may share.
         weighting: the rule to weigh by, with no audit, no ban and no look for outliers; None for the whole policy.
-        unmerges: see `RealPhysics`.
         chance: another one is the same run with other draws of audits and other delays.
     """
     blind = weighting is not None
@@ -127,7 +125,7 @@ def train(
     small = _small(seed, cohort, rules)
     record = NEVER_DRAWN if blind else RECORD
     with memory_folder() as folder:
-        physics = RealPhysics(small, folder / "physics", memo=memo, weighting=weighting, unmerges=unmerges)
+        physics = RealPhysics(small, folder / "physics", memo=memo, weighting=weighting)
         simulation = Simulation(
             config=small.config,
             physics=physics,

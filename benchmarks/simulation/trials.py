@@ -101,7 +101,6 @@ def measure_training(
     report: Report,
     *,
     attacks: Sequence[str],
-    left_in: Sequence[str],
     few: Cohort,
     many: Cohort,
     seeds: int,
@@ -110,7 +109,6 @@ def measure_training(
     """Fill the table of runs under attack and its targets, and draw.
 
     Args:
-        left_in: attacks to be played again with refuted deltas left in the model.
         few: the cohort that meets every attack. many: the one that meets the three that did most harm there.
         draw: whether to write the pictures.
     """
@@ -118,13 +116,10 @@ def measure_training(
     chance = found.pop(NOBODY)
     worst = sorted(found, key=lambda attack: -found[attack].excess.mean)[:WORST]
     more = trials(bench, worst, many, seeds)
-    kept = trials(bench, left_in, few, seeds, unmerges=False)
     for trial in (chance, *found.values()):
         _add_row(report, trial, few)
     for trial in more.values():
         _add_row(report, trial, many)
-    for trial in kept.values():
-        _add_row(report, trial, few, ", left in")
     for cohort, group in ((few, found), (many, more)):
         missed = [attack for attack, trial in group.items() if not trial.passes]
         report.add_target(
@@ -134,17 +129,17 @@ def measure_training(
             value=len(missed),
             met=not missed,
         )
-    rejected = sum(trial.rejected() for trial in (chance, *found.values(), *more.values(), *kept.values()))
+    rejected = sum(trial.rejected() for trial in (chance, *found.values(), *more.values()))
     report.add_target("claims of honest volunteers rejected", target="0", value=rejected, met=rejected == 0)
     if draw:
         _draw(chance, found, more, few, many, worst)
 
 
-def _add_row(report: Report, trial: Trial, cohort: Cohort, how: str = "") -> None:
+def _add_row(report: Report, trial: Trial, cohort: Cohort) -> None:
     merged, bans = trial.hostile("merged"), [count for count in trial.hostile("poisons_until_ban") if count is not None]
     runs = len(trial.runs)
     report.add_row(
-        attack=trial.attack + how,
+        attack=trial.attack,
         volunteers=cohort.volunteers,
         hostile=0 if trial.attack == NOBODY else cohort.hostile,
         seeds=runs,

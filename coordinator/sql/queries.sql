@@ -100,7 +100,7 @@ SELECT count(*) AS number FROM attempts WHERE owner = :owner AND state = 'leased
 
 -- name: unsent_count
 SELECT count(*) AS number FROM attempts
-WHERE owner = :owner AND state IN ('claimed', 'sketched') AND deadline_ms < 9007199254740991;
+WHERE owner = :owner AND state IN ('claimed', 'sketched') AND deadline_ms < :never_ms;
 
 -- name: uploading_attempts
 SELECT * FROM attempts WHERE device = :device AND state IN ('claimed', 'sketched') ORDER BY deadline_ms, sequence;
@@ -130,7 +130,7 @@ WHERE attempts.round = :round AND attempts.state = 'received' AND attempts.scrut
 SELECT count(*) AS number FROM attempts
 WHERE owner = :owner AND round = :round
   AND (state IN ('handed_back', 'expired') OR refused
-       OR (state IN ('claimed', 'sketched') AND deadline_ms = 9007199254740991));
+       OR (state IN ('claimed', 'sketched') AND deadline_ms = :never_ms));
 
 -- name: unsent_in_doubt
 SELECT * FROM attempts

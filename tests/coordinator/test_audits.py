@@ -14,7 +14,6 @@ from coordinator.audits import (
     BothRefuted,
     Confirmed,
     FetchReplica,
-    LeaveUndecided,
     Overturned,
     Refuted,
     RejectSubject,
@@ -127,7 +126,7 @@ def test_without_a_second_auditor_a_doubt_ends_undecided() -> None:
     doubted, _ = advance(an_audit(AuditState.WANTS_REFEREE), BothRefuted(auditor=FIRST, deadline_ms=9_000))
     assert doubted.deadline_ms == 9_000
     ended, instructions = advance(doubted, Unanswered())
-    assert (ended.state, instructions) == (AuditState.DROPPED, (LeaveUndecided(),))
+    assert (ended.state, instructions) == (AuditState.DROPPED, ())
 
 
 def test_an_appeal_wants_another_auditor() -> None:

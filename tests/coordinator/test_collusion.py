@@ -1,7 +1,5 @@
 """Partners who vouch for each other, withhold, displace and hold back: what each of it comes to."""
 
-from dataclasses import replace
-
 import pytest
 
 from coordinator.audits import AuditReason, AuditState, Scrutiny
@@ -271,6 +269,6 @@ def test_overdue_bytes_that_a_replica_agrees_with_are_merged(opening: Opening) -
     office.compare()
     assert office.attempt(overdue).state is AttemptState.RECEIVED
     assert office.attempt(overdue).scrutiny is Scrutiny.CONFIRMED
-    office.deliver(replace(ada))
+    office.deliver(ada)
     assert office.publish()
     assert office.code(overdue) == "MERGED"
