@@ -15,6 +15,7 @@ from verify.policy import (
     influence,
     is_drawn,
     is_sampled,
+    is_taken_out,
     replica_offered,
     replica_turn,
     too_fast,
@@ -142,6 +143,10 @@ def test_nothing_can_be_said_of_a_run_that_replays_nothing() -> None:
         assess(UNCHECKED)
     with pytest.raises(ValueError, match="not a probability"):
         assess(REPLAY, detection=0.0)
+
+
+def test_a_refuted_delta_is_taken_out_if_more_is_wrong_in_it_than_the_run_allows() -> None:
+    assert [is_taken_out(REPLAY, difference) for difference in (0.04, 0.499, 0.5, 2.0)] == [False, False, True, True]
 
 
 def test_the_order_in_which_a_replica_is_offered_favours_nobody() -> None:

@@ -108,7 +108,15 @@ def test_who_was_rejected_wrongly_can_show_it_and_appeal(
     assert "waits for a second referee" in shown.out
     assert "[APPEAL_REFUSED]" in shown.err
     assert run.appeals == [run.attempts[1].claim_sha256]
-    assert [receipt.appealed for receipt in read_receipts(home, run.run)] == [False, True, False]
+    receipts = read_receipts(home, run.run)
+    assert [receipt.appealed for receipt in receipts] == [False, True, False]
+    awaited = "You appealed; a second referee's finding is awaited."
+    assert [awaited in receipt.line() for receipt in receipts] == [False, True, False]
+
+
+def test_a_home_in_which_nobody_has_worked_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["worker", "receipts", "--home", str(tmp_path / "nowhere")]) == 2
+    assert "No worker has finished a unit in" in capsys.readouterr().err
 
 
 def test_the_join_string_that_worked_is_remembered(
