@@ -85,6 +85,12 @@ def _check_packages() -> None:
         )
 
 
+def _shown(path: Path) -> Path:
+    """Return a path as it is shown: from the working directory on, if it lies under that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def _own_command() -> str:
     """Return what to type to call this very program again."""
     installed = shutil.which("commonweight")
@@ -132,14 +138,14 @@ def _report(run: "DemoRun", options: "DemoOptions") -> None:
     (options.folder / "report.json").write_text(json.dumps(outcome, indent=2) + "\n")
     target = f"target {100 * report.TARGET:.0f} %"
     for line in (
-        f"checkpoint:    {run.checkpoint}",
-        f"digits drawn:  {sheet}",
-        f"held-out loss: {plot}",
+        f"checkpoint:    {_shown(run.checkpoint)}",
+        f"digits drawn:  {_shown(sheet)}",
+        f"held-out loss: {_shown(plot)}",
         f"score:         {100 * score.share:.1f} % of {score.generated} generated digits are recognised ({target})",
         f"               the classifier recognises {100 * score.classifier_accuracy:.1f} % of the real held-out digits",
         *(line for story in stories for line in demo_story.sentences(story, rules)),
-        f"check it:      {_own_command()} checkpoint rebuild {run.directory.root}",
-        f"and the draws: {_own_command()} verify draws {run.directory.public}",
+        f"check it:      {_own_command()} checkpoint rebuild {_shown(run.directory.root)}",
+        f"and the draws: {_own_command()} verify draws {_shown(run.directory.public)}",
     ):
         typer.echo(line)
     if score.share < report.TARGET:
