@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from coordinator.audits import Audit, AuditReason, AuditState, replica_wait_ms
 from coordinator.desk import Desk
 from coordinator.owners import Device, Owner, OwnerState
-from coordinator.rounds import Round, RoundState
+from coordinator.rounds import Round, RoundState, gives_units
 from coordinator.sessions import Session
 from coordinator.units import (
     NEVER_MS,
@@ -145,9 +145,10 @@ def lease_unit(
     replica = _replica(desk, session, random_bytes)
     if replica is not None:
         return _answer(replica, now)
-    unit = store.next_open_unit(current.round) if current.state is RoundState.COLLECTING else None
+    gives_out = gives_units(current, desk.config.rounds)
+    unit = store.next_open_unit(current.round) if gives_out else None
     if unit is None:
-        doing = "all its units are given out" if current.state is RoundState.COLLECTING else "it is being merged"
+        doing = "all its units are given out" if gives_out else "it is being merged"
         return NoWork(reason=f"round {current.round}: {doing}", retry_after_ms=SECOND_MS)
     assigned, _ = advance(unit, UnitAssigned())
     store.save_unit(unit, assigned)
@@ -262,7 +263,7 @@ def end_lease(desk: Desk, attempt: Attempt, event: Expired | HandedBack) -> None
 def release_unit(desk: Desk, unit_name: UnitId) -> None:
     """Open a unit again, unless somebody else still works on it.
 
-    A unit of a closed round is not leased again, but late work for it may still settle it until the staleness bound.
+    A unit of a published round is not leased again, but late work for it may still settle it until the staleness bound.
     """
     unit = desk.store.unit(unit_name)
     assert unit is not None  # an attempt names it

@@ -146,3 +146,15 @@ def is_due(thing: Round, rules: Rounds, facts: RoundFacts) -> bool:
     if facts.ready + facts.ended >= facts.total:
         return True
     return facts.now_ms - thing.opened_ms >= rules.min_window_ms and facts.ready >= rules.min_units
+
+
+def gives_units(thing: Round, rules: Rounds) -> bool:
+    """Say whether open units of a round, the newest one, may be leased.
+
+    While it collects, and while it is merged too: a merge takes minutes, in which nobody can train from what comes of
+    it. What comes of such a unit is one round late, discounted for that, and worth more than idle machines; unless no
+    later merge may take it.
+    """
+    if thing.state is RoundState.COLLECTING:
+        return True
+    return thing.state is not RoundState.PUBLISHED and rules.staleness_bound >= 1 and thing.round < rules.planned

@@ -19,6 +19,7 @@ from worker.cache import FileCache
 from worker.calling import Introduction
 from worker.client import CoordinatorClient
 from worker.consent import Ask, ensure_consent
+from worker.fetching import AHEAD_SECONDS
 from worker.hardware import DeviceChoice
 from worker.home import WorkerHome
 from worker.identity import Identity, load_or_make_identity
@@ -50,6 +51,7 @@ class WorkerSettings:
         units: stop after so many units; None is never.
         cache_bytes: cap on the public files kept on this disk.
         files_seconds: how long a lease is held while nothing comes of its files.
+        ahead_seconds: how often to look for a newer checkpoint while training.
         threads: CPU threads for training; None is all that this process may use.
         train: what makes a unit's result.
     """
@@ -63,6 +65,7 @@ class WorkerSettings:
     accept_terms: bool
     spooled_units: int = SPOOLED_UNITS
     files_seconds: float = FILES_SECONDS
+    ahead_seconds: float = AHEAD_SECONDS
     backoff: Backoff = DEFAULT_BACKOFF
     train: Trainer = train_unit
 
@@ -138,7 +141,12 @@ async def _admitted(
     library = await station.library(cache, config)
     if library is None:
         return None
-    allowance = Allowance(units=settings.units, spooled=settings.spooled_units, files_seconds=settings.files_seconds)
+    allowance = Allowance(
+        units=settings.units,
+        spooled=settings.spooled_units,
+        files_seconds=settings.files_seconds,
+        ahead_seconds=settings.ahead_seconds,
+    )
     return Shift(
         client=client,
         config=config,

@@ -25,8 +25,9 @@ from protocol.errors import (
 from protocol.limits import LEASE_WAIT_MS
 from worker.client import CoordinatorClient, NoWork
 from worker.delivery import Delivery
+from worker.fetching import AHEAD_SECONDS, Fetching
 from worker.leases import Grant, check_grant
-from worker.library import Library, Materials, Needs
+from worker.library import Materials
 from worker.lifecycle import SpoolState
 from worker.machine import Machine
 from worker.patience import Patience
@@ -51,12 +52,14 @@ KEPT_UNITS: Final = 32
 class Allowance:
     """What the owner allows: units to train before stopping (None: no end), finished deltas waiting on the disk.
 
-    `files_seconds`: how long a lease may be held while nothing comes of its files.
+    `files_seconds`: how long a lease may be held while nothing comes of its files. `ahead_seconds`: how often to look
+    for a newer checkpoint while training.
     """
 
     units: int | None
     spooled: int
     files_seconds: float = FILES_SECONDS
+    ahead_seconds: float = AHEAD_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +81,7 @@ class Producer:
         machine: Machine,
         train: Trainer,
         allowance: Allowance,
-        library: Library,
+        fetching: Fetching,
         delivery: Delivery,
         spool: Spool,
         disk: OneThread,
@@ -92,7 +95,7 @@ class Producer:
         self._machine = machine
         self._train_unit = train
         self._allowance = allowance
-        self._library = library
+        self._files = fetching
         self._delivery = delivery
         self._spool = spool
         self._disk = disk
@@ -231,11 +234,11 @@ class Producer:
         while True:
             if self._stop.asked.is_set():
                 raise UnitAbandoned("asked to stop before its files were here")
-            before = self._library.received_bytes
+            before = self._files.received_bytes
             try:
-                materials = await self._fetched(grant.lease)
+                materials = await self._files.materials(grant.lease)
             except (TryLater, DigestMismatch) as error:
-                if self._library.received_bytes > before or self._files_failing_since is None:
+                if self._files.received_bytes > before or self._files_failing_since is None:
                     self._files_failing_since = time.monotonic()
                 if time.monotonic() > min(ends, self._files_failing_since + self._allowance.files_seconds):
                     await self.give_up(f"its files did not come: {error.message}")
@@ -254,29 +257,23 @@ class Producer:
                 self._fetching.reset()
                 return materials
 
-    async def _fetched(self, lease: Lease) -> Materials:
-        link = await self._client.connect()
-        try:
-            needs = Needs.of_lease(lease)
-            return await asyncio.to_thread(self._library.fetch, link.endpoint.public_url, link.trust, needs)
-        except (TryLater, DigestMismatch):
-            # The operator may have moved the files: the next try asks the coordinator anew where they are.
-            await self._client.drop(link)
-            raise
-
     async def _train(self, lease: Lease, materials: Materials) -> TrainedUnit:
         on_step = StepWatch(lease.unit, lease.round, self._stop, self._reporter, asyncio.get_running_loop())
-        return await self._training.run(
-            partial(
-                self._train_unit,
-                self._config,
-                lease,
-                materials.base,
-                materials.shards,
-                device=self._machine.device,
-                on_step=on_step,
+        ahead = asyncio.create_task(self._files.ahead(lease), name="fetch ahead")
+        try:
+            return await self._training.run(
+                partial(
+                    self._train_unit,
+                    self._config,
+                    lease,
+                    materials.base,
+                    materials.shards,
+                    device=self._machine.device,
+                    on_step=on_step,
+                )
             )
-        )
+        finally:
+            ahead.cancel()
 
     async def _keep(self, grant: Grant, trained: TrainedUnit) -> SpoolEntry:
         """Put a trained unit into the spool; while the disk is full it stays in memory, and the worker waits."""

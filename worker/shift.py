@@ -8,6 +8,7 @@ from protocol.documents import RunConfig
 from protocol.errors import CommonweightError, OwnerBanned, RunFinished
 from worker.client import CoordinatorClient
 from worker.delivery import Delivery
+from worker.fetching import Fetching
 from worker.library import Library
 from worker.machine import Machine
 from worker.patience import Patience
@@ -57,6 +58,7 @@ class Shift:
             reporter=reporter,
             stop=stop,
         )
+        self._fetching = Fetching(client, library, ahead_seconds=allowance.ahead_seconds)
         self._verdicts = Verdicts(client=client, delivery=self._delivery, spool=spool, disk=disk)
         self._producer = Producer(
             client=client,
@@ -64,7 +66,7 @@ class Shift:
             machine=machine,
             train=train,
             allowance=allowance,
-            library=library,
+            fetching=self._fetching,
             delivery=self._delivery,
             spool=spool,
             disk=disk,
@@ -106,6 +108,7 @@ class Shift:
             now.cancel()
             work.cancel()
             self._training.close()
+            self._fetching.close()
             await self._producer.give_up("the worker stops")
 
     async def _tasks(self) -> str:

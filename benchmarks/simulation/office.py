@@ -15,8 +15,9 @@ from coordinator import deadlines, epochs, leasing, referees, replicas, settling
 from coordinator.clock import ManualClock
 from coordinator.desk import Desk
 from coordinator.owners import Owner, OwnerState
+from coordinator.rounds import Round
 from coordinator.sessions import Session
-from coordinator.settling import MergePlan, Weighed
+from coordinator.settling import MergePlan
 from coordinator.sqlite_store import SqliteStore
 from protocol.canonical import sha256_hex
 from protocol.documents import Claim, Digest, Opinion, RunConfig, RunId, UnitId, digest_of, parse_payload, sign
@@ -43,10 +44,40 @@ class Times:
     tick_ms: int = 5 * SECOND_MS
 
 
-class Office:
-    """The coordinator: everything that the control and the settler process do, in one thread and without waiting."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How long the settler takes, in milliseconds: to weigh and to merge each delta, and for each checkpoint besides.
 
-    def __init__(self, *, config: RunConfig, physics: Physics, folder: Path, seed: bytes, delta_bytes: int) -> None:
+    While it weighs the round still collects; from the close on it does not, until its checkpoint is published.
+    """
+
+    weigh_ms: int = 0
+    merge_ms: int = 0
+    publish_ms: int = 0
+
+
+class Office:
+    """The coordinator: everything that the control and the settler process do, in one thread.
+
+    Args:
+        pace: of the settler; by default it takes no time.
+        later: needed if it takes some.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        physics: Physics,
+        folder: Path,
+        seed: bytes,
+        delta_bytes: int,
+        pace: Pace | None = None,
+        later: Later | None = None,
+    ) -> None:
+        self._pace = pace or Pace()
+        self._later = later
+        self._settling = False
         self.config = config
         self.physics = physics
         self.clock = ManualClock(START_MS)
@@ -97,8 +128,16 @@ class Office:
         for due in self.decide(replicas.comparisons_due):
             difference = self.physics.difference(due)
             self.decide(partial(replicas.record_comparison, number=due.audit, difference=difference))
-        while (plan := self.decide(settling.plan_if_due)) is not None:
-            self._close(plan, self.physics.weigh(plan))
+        while not self._settling and (plan := self.decide(settling.plan_if_due)) is not None:
+            self._settling = True
+            self._after(self._pace.weigh_ms * len(plan.entries), partial(self._close, plan))
+
+    def _after(self, ms: int, act: Callable[[], None]) -> None:
+        if ms:
+            assert self._later is not None, "a settler that takes time needs somebody to tell the time"
+            self._later(ms, act)
+        else:
+            act()
 
     def reveal(self) -> None:
         """Reveal the secrets of epochs that are settled."""
@@ -109,17 +148,23 @@ class Office:
         current = self.store.latest_round()
         return 0 if current is None else current.round - (current.manifest_sha256 is None)
 
-    def _close(self, plan: MergePlan, weighed: Weighed) -> None:
-        closed = self.decide(partial(settling.close, plan=plan, weighed=weighed))
+    def _close(self, plan: MergePlan) -> None:
+        closed = self.decide(partial(settling.close, plan=plan, weighed=self.physics.weigh(plan)))
         if closed is None:
+            self._settling = False
             return  # something is audited first; the round is planned again when it is due again
-        number = closed.round
-        merging = self.decide(partial(settling.begin_merge, round_number=number))
+        merging = self.decide(partial(settling.begin_merge, round_number=closed.round))
+        merge_ms = self._pace.merge_ms * len(merging.merge) + self._pace.publish_ms
+        self._after(merge_ms, partial(self._publish, merging))
+
+    def _publish(self, merging: Round) -> None:
+        number = merging.round
         weights = self.physics.merge(merging)
         manifest = Digest(sha256_hex(f"manifest/{number}/{weights}".encode()))
         self.decide(
             partial(settling.record_published, round_number=number, manifest_sha256=manifest, weights_sha256=weights)
         )
+        self._settling = False
         self.finished = number >= self.config.rounds.planned
 
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,6 +16,7 @@ from coordinator.rounds import (
     RoundFacts,
     RoundState,
     advance,
+    gives_units,
     is_due,
 )
 from protocol.documents import Rounds
@@ -110,3 +112,22 @@ def test_a_round_closes_when_all_is_ready_or_ended_or_the_window_has_passed_with
 @pytest.mark.parametrize("state", [RoundState.CLOSED, RoundState.MERGING, RoundState.PUBLISHED])
 def test_a_round_closes_once(state: RoundState) -> None:
     assert not is_due(a_round(state), RULES, RoundFacts(now_ms=10**9, ready=4, ended=0, total=4))
+
+
+@pytest.mark.parametrize(
+    ("state", "bound", "planned", "gives"),
+    [
+        (RoundState.COLLECTING, 0, 1, True),
+        (RoundState.CLOSED, 1, 2, True),
+        (RoundState.MERGING, 1, 2, True),
+        (RoundState.MERGING, 0, 2, False),
+        (RoundState.MERGING, 1, 1, False),
+        (RoundState.PUBLISHED, 1, 2, False),
+    ],
+)
+def test_a_round_gives_out_units_as_long_as_a_merge_to_come_may_take_them(
+    state: RoundState, bound: int, planned: int, gives: bool
+) -> None:
+    rules = replace(RULES, staleness_bound=bound, planned=planned)
+
+    assert gives_units(a_round(state), rules) is gives

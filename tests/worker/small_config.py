@@ -43,14 +43,19 @@ def small_shard(seed: int) -> bytes:
 
 def publish_genesis(public: Path, run: RunId, config: RunConfig, key: PrivateKey) -> Manifest:
     """Write checkpoint 0 and its signed manifest."""
-    weights = public / checkpoint_directory(0) / WEIGHTS
+    return publish_checkpoint(public, run, config, key, 0)
+
+
+def publish_checkpoint(public: Path, run: RunId, config: RunConfig, key: PrivateKey, number: int) -> Manifest:
+    """Write a checkpoint of untrained weights, others for each number, and its signed manifest."""
+    weights = public / checkpoint_directory(number) / WEIGHTS
     weights.parent.mkdir(parents=True, exist_ok=True)
-    digest = write_checkpoint(weights, initial_state(model_config(config), bytes(32)))
+    digest = write_checkpoint(weights, initial_state(model_config(config), bytes([number]) * 32))
     manifest = Manifest(
         run=run,
         config_sha256=digest_of(config),
-        checkpoint=0,
-        previous_manifest_sha256=None,
+        checkpoint=number,
+        previous_manifest_sha256="00" * 32 if number else None,
         outer=config.outer,
         weigh_seed=None,
         merged=(),
@@ -60,6 +65,6 @@ def publish_genesis(public: Path, run: RunId, config: RunConfig, key: PrivateKey
         log_position=0,
         log_head="00" * 32,
     )
-    for path in (f"{checkpoint_directory(0)}/{MANIFEST}", LATEST):
+    for path in (f"{checkpoint_directory(number)}/{MANIFEST}", LATEST):
         (public / path).write_bytes(sign(manifest, key))
     return manifest

@@ -58,7 +58,7 @@ from protocol.trust import RunTrust
 from tests.worker.certificates import self_signed
 from tests.worker.files_server import FilesServer, serving
 from tests.worker.small_audits import Attempt, SmallAudits
-from tests.worker.small_config import publish_genesis, small_config, small_shard
+from tests.worker.small_config import publish_checkpoint, publish_genesis, small_config, small_shard
 from verify.replay import codec_config, delta_schema
 
 HOUR_MS = 3_600_000
@@ -92,6 +92,7 @@ class SmallRun(SmallAudits):
             "accepted" if attempt.bytes_receipt else None
         )
         self.numerics = NUMERICS
+        self.checkpoint = 0
         self.finish_when_done = True
         self.sign_receipts_with = self.key
         self.lease_ms = HOUR_MS
@@ -150,6 +151,11 @@ class SmallRun(SmallAudits):
         """Once at the start, and after a change of the config."""
         self.manifest = publish_genesis(self.public, self.run, self.config, self.key)
         self.base_sha256 = self.manifest.files[0].sha256
+
+    def publish_another(self) -> None:
+        """Publish one more checkpoint; leases go on starting from the first one."""
+        self.checkpoint += 1
+        publish_checkpoint(self.public, self.run, self.config, self.key, self.checkpoint)
 
     def _delegation(self) -> bytes:
         return sign(
@@ -215,7 +221,19 @@ class SmallRun(SmallAudits):
         )
 
     async def GetStatus(self, request: Any, context: Any) -> Any:
-        raise NotImplementedError
+        def work() -> calls.GetStatusReply:
+            return calls.GetStatusReply(
+                round=self.checkpoint + 1,
+                round_state="collecting",
+                planned_rounds=9,
+                checkpoint=self.checkpoint,
+                units_open=0,
+                units_assigned=0,
+                units_accepted=0,
+                devices_seen=1,
+            )
+
+        return await self._answer("GetStatus", context, work)
 
     async def GetNonce(self, request: Any, context: Any) -> Any:
         def work() -> calls.GetNonceReply:
