@@ -32,6 +32,11 @@ def train_until(enough: Callable[[], bool]) -> Callable[..., TrainedUnit]:
     return train
 
 
+def room_for_one(run: SmallRun) -> int:
+    """A cache that holds a checkpoint and a shard, and no second checkpoint beside it."""
+    return run.manifest.files[0].size + run.config.data.shards[0].size
+
+
 def asked_for(run: SmallRun, path: str) -> int:
     return sum(asked == f"/{path}" for asked, _ in run.files.requests)
 
@@ -47,7 +52,14 @@ def test_a_checkpoint_that_is_published_during_training_is_there_before_the_unit
         recorder = Recorder(publish)
         async with run:
             here = lambda: any(event["file"] == NEXT for event in recorder.named("downloaded"))  # noqa: E731
-            await work(run, tmp_path / "home", recorder, ahead_seconds=QUICKLY, train=train_until(here))
+            await work(
+                run,
+                tmp_path / "home",
+                recorder,
+                ahead_seconds=QUICKLY,
+                cache_bytes=room_for_one(run),
+                train=train_until(here),
+            )
         return run, recorder
 
     run, recorder = asyncio.run(scenario())
@@ -90,7 +102,6 @@ def test_training_does_not_mind_that_nothing_can_be_fetched_ahead(tmp_path: Path
 def test_a_cache_without_room_for_two_checkpoints_keeps_what_the_unit_needs(tmp_path: Path) -> None:
     async def scenario() -> tuple[SmallRun, list[str]]:
         run = SmallRun(tmp_path / "run", units=2)
-        base = run.manifest.files[0]
 
         def publish(event: Event) -> None:
             if isinstance(event, Step) and not run.checkpoint:
@@ -98,11 +109,15 @@ def test_a_cache_without_room_for_two_checkpoints_keeps_what_the_unit_needs(tmp_
 
         recorder = Recorder(publish)
         async with run:
-            # Room for one checkpoint and a shard: the newer one takes the place of the one in training.
-            fits = base.size + sum(shard.size for shard in run.config.data.shards[:1])
+            # The newer checkpoint takes the place of the one in training, which was read before.
             looked = lambda: asked_for(run, NEXT) > 0 and run.log.count("GetStatus") >= 3  # noqa: E731
             await work(
-                run, tmp_path / "home", recorder, ahead_seconds=QUICKLY, cache_bytes=fits, train=train_until(looked)
+                run,
+                tmp_path / "home",
+                recorder,
+                ahead_seconds=QUICKLY,
+                cache_bytes=room_for_one(run),
+                train=train_until(looked),
             )
         return run, recorder.names()
 
