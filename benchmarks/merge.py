@@ -25,7 +25,16 @@ from benchmarks.report import Report
 from diloco.checkpoint import write_checkpoint
 from diloco.codec import CodecConfig, encode
 from diloco.container import Container, write_container
-from diloco.merge import MergeInput, OuterConfig, merge_round, normalise_weights
+from diloco.merge import (
+    MergeFiles,
+    MergeInput,
+    MergeRules,
+    OuterConfig,
+    OuterState,
+    merge_round,
+    normalise_weights,
+)
+from diloco.patch import PatchConfig
 from diloco.schema import Schema, schema_of
 from diloco.streams import Stream
 from diloco.tables import Floats
@@ -40,7 +49,7 @@ COUNTS: Final = (8, 32, 128)
 DISTINCT: Final = 4
 MEMORY_GROWTH: Final = 1.10
 WEIGHING_SHARE: Final = 0.10
-CODEC: Final = CodecConfig(kind="dither4", block=256)
+CODEC: Final = CodecConfig(kind="dither", levels=1, block=1024, reach=704, width=128)
 UNIT_ID: Final = bytes(32)
 SEED: Final = bytes(range(32))
 ROUNDS: Final = Rounds(
@@ -156,8 +165,14 @@ def merge(directory: Path, count: int, *, quick: bool) -> None:
         MergeInput(claim_digest=claim, container=container, weight=weight)
         for claim, container, weight in zip(claims, containers, weights, strict=True)
     ]
-    outer = OuterConfig(lr=0.7, momentum=0.9)
-    merge_round(directory / "base", directory / "momentum", inputs, outer, directory / "w", directory / "m")
+    rules = MergeRules(
+        outer=OuterConfig(lr=0.7, momentum=0.9), patch=PatchConfig(block=1024, threshold=256), schema=schema
+    )
+    base = OuterState(
+        weights=directory / "base", weights_sha256=bytes(32), momentum=directory / "momentum", residual=None
+    )
+    out = MergeFiles(weights=directory / "w", momentum=directory / "m", residual=directory / "r", patch=directory / "p")
+    merge_round(base, inputs, rules, out)
     merged = time.perf_counter()
     measured = {
         "check_s": checked - start,

@@ -30,6 +30,7 @@ from protocol.documents import (
     Codec,
     DataSet,
     OuterStep,
+    Patch,
     Rounds,
     RunConfig,
     ShardRef,
@@ -151,6 +152,7 @@ def small_run(
     batch: int = 16,
     precision: Literal["fp32", "bf16"] = "fp32",
     eps: float | None = None,
+    levels: int = 1,
     verification: Verification = UNCHECKED,
     folder: Path | None = None,
 ) -> SmallRun:
@@ -163,6 +165,7 @@ def small_run(
         shards: training shards of 320 pictures each; one per unit repeats no picture (`units` times `rounds`).
         eps: AdamW's; None takes 1e-8 in fp32 and 1e-4 in bf16, a fortieth of a typical gradient. From zero moments
             AdamW makes whole steps of smaller ones, whose sign bf16's rounding may decide.
+        levels: of the codec.
         folder: where the first weights' file is written for its digest; None leaves that digest all zeros, which only
             a run that is published needs.
     """
@@ -188,7 +191,12 @@ def small_run(
             heldout=_reference(heldout, HELDOUT_SAMPLES),
         ),
         training=_training(steps, batch, precision, eps or (1e-8 if precision == "fp32" else 1e-4)),
-        codec=Codec(kind="dither4", block=256),
+        codec=(
+            Codec(kind="dither", levels=1, block=1024, reach=704, width=128)
+            if levels == 1
+            else Codec(kind="dither", levels=levels, block=256, reach=1280, width=256)
+        ),
+        patch=Patch(kind="dead-zone", block=1024, threshold=256),
         outer=OuterStep(lr=0.7, momentum=0.6),
         rounds=_rounds(units, rounds),
         genesis_sha256=genesis_sha256,
@@ -226,7 +234,7 @@ def shard(seed: bytes, number: int, n: int) -> bytes:
         for s, r, c, b in zip(shape_N, row_N, column_N, light_N, strict=True)
     ]
     vary = (drawn[:, 4:].astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-16)
-    pixels_NHW = _pictures(kinds.astype(np.float32), vary)
+    pixels_NHW = draw_pictures(kinds.astype(np.float32), vary)
     latents: Halves = (pixels_NHW[:, None] * np.float32(SPACE.scale) + np.float32(SPACE.shift)).astype(np.float16)
     encoded = {caption: encode_caption(caption, CONDITIONING) for caption in set(captions)}
     return write_shard(
@@ -234,7 +242,7 @@ def shard(seed: bytes, number: int, n: int) -> bytes:
     )
 
 
-def _pictures(kinds_N4: Floats, vary_N6: Floats) -> Floats:
+def draw_pictures(kinds_N4: Floats, vary_N6: Floats) -> Floats:
     """Return pixels [N, 8, 8] in 0..1."""
     one, half = np.float32(1), np.float32(0.5)
     shape, row, column, light = (kinds_N4[:, k, None, None] for k in range(4))

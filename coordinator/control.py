@@ -42,6 +42,8 @@ TICK_SECONDS = 0.5
 SWEEP_SECONDS = 600.0
 TELL_SECONDS = 2.0
 SETTLE_RETRY_SECONDS = 5.0
+_THINNED_AT_ONCE = 8
+"""Checkpoints that are looked at again, should a crash have come between publishing and thinning."""
 CLOCK_AHEAD_MS = 2_000
 WATCH_SECONDS = 30.0
 
@@ -370,12 +372,16 @@ class Control:
         self._start(self._measure(number))
 
     def _prune(self, newest: int) -> None:
-        """Keep the deltas of the newest `retain_rounds` rounds (0: of all); older ones are digests in manifests."""
+        """Keep the deltas of the newest `retain_rounds` rounds (0: of all), and of old checkpoints only snapshots."""
         retain = self._desk.retain_rounds
         old = newest - retain
         if retain and old > 0:
             for entry in self._publisher.prune(old):
                 self._blobs.remove(Digest(entry.blob_sha256))
+        # Units of the last rounds may still be trained from their checkpoints; who asks later patches a snapshot.
+        thinned = newest - self._desk.config.rounds.staleness_bound - 2
+        for checkpoint in range(max(0, thinned - _THINNED_AT_ONCE), thinned + 1):
+            self._publisher.thin(checkpoint)
 
     async def _merge_and_publish(self, merging: Round) -> PublishedManifest:
         number = merging.round
@@ -404,10 +410,12 @@ class Control:
         await asyncio.to_thread(publisher.add_log, number, lines)
         previous = await asyncio.to_thread(publisher.published, number - 1)
         assert previous is not None  # a round starts from a published checkpoint
-        previous_sha256 = previous.sha256
+        previous_sha256, snapshot = previous.sha256, previous.manifest.snapshot
         state = publisher.state_of(files)
         manifest = await self.decide(
-            lambda desk: settling.manifest_of(desk, merging, previous_sha256=previous_sha256, files=files, state=state)
+            lambda desk: settling.manifest_of(
+                desk, merging, previous_sha256=previous_sha256, snapshot=snapshot, files=files, state=state
+            )
         )
         return await asyncio.to_thread(publisher.publish, place, manifest)
 

@@ -28,6 +28,7 @@ from coordinator.lifeline import exit_with_parent, raise_file_limit
 from coordinator.publisher import Publisher
 from coordinator.servicer import Servicer
 from coordinator.sessions import Sessions
+from coordinator.settings_sections import StorageSettings
 from coordinator.settler_client import SettlerClient
 from coordinator.sqlite_store import SqliteStore
 from coordinator.staging import Staging
@@ -53,7 +54,7 @@ class Wiring:
     public_url: str
 
 
-def open_desk(directory: RunDirectory, identity: RunIdentity, delta_bytes: int, retain_rounds: int) -> Desk:
+def open_desk(directory: RunDirectory, identity: RunIdentity, delta_bytes: int, storage: StorageSettings) -> Desk:
     """Open the database and the clock of a run; must be called in the writer's thread."""
     store = SqliteStore.open(directory.database)
     return Desk(
@@ -63,7 +64,8 @@ def open_desk(directory: RunDirectory, identity: RunIdentity, delta_bytes: int, 
         key=identity.coordinator,
         run_secret=identity.run_secret,
         delta_bytes=delta_bytes,
-        retain_rounds=retain_rounds,
+        retain_rounds=storage.retain_rounds,
+        snapshot_every=storage.snapshot_every,
         store=store,
         clock=WallClock(int(store.meta(CLOCK_KEY) or 0)),
     )
@@ -91,10 +93,10 @@ async def _build(wiring: Wiring, settler: SettlerClient, writer: ThreadPoolExecu
         wiring.directory,
         identity,
         int(facts["delta_bytes"]),
-        settings.storage.retain_rounds,
+        settings.storage,
     )
-    # What a merge writes: weights and as much momentum. An upload must never take the room that its own merge needs.
-    one_merge = 2 * (wiring.directory.checkpoint(0) / layout.WEIGHTS).stat().st_size
+    # What a merge writes: weights, momentum and residual. An upload must never take the room that its own merge needs.
+    one_merge = 3 * (wiring.directory.checkpoint(0) / layout.WEIGHTS).stat().st_size
     control = Control(
         desk=desk,
         blobs=DirectoryBlobs(wiring.directory.blobs),

@@ -21,7 +21,10 @@ CLOCK_KEY = "clock_ms"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Desk:
-    """The coordinator's identity, rules, store and clock. `retain_rounds`: rounds whose deltas are kept, 0 for all."""
+    """The coordinator's identity, rules, store and clock. `retain_rounds`: rounds whose deltas are kept, 0 for all.
+
+    `snapshot_every`: of so many checkpoints in a row the whole state of one is kept for ever.
+    """
 
     run: RunId
     config: RunConfig
@@ -30,6 +33,7 @@ class Desk:
     run_secret: bytes
     delta_bytes: int
     retain_rounds: int
+    snapshot_every: int
     store: Store
     clock: Clock
 

@@ -326,6 +326,7 @@ def _genesis_manifest(checkpoint: Path, run: RunId, config: RunConfig) -> Manife
         run=run,
         config_sha256=digest_of(config),
         checkpoint=0,
+        snapshot=0,
         previous_manifest_sha256=None,
         outer=config.outer,
         weigh_seed=None,

@@ -17,7 +17,7 @@ from protocol.documents import Digest, FileEntry, Manifest, MergeEntry, StateEnt
 from protocol.keys import PrivateKey
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
 
-_CHANGING = frozenset({layout.WEIGHTS, layout.MOMENTUM, layout.MANIFEST})
+_CHANGING = frozenset({*layout.STATE, layout.PATCH, layout.MANIFEST})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class Publisher:
 
     def state_of(self, files: Iterable[FileEntry]) -> tuple[StateEntry, ...]:
         """Return which of the files hold the round's canonical state."""
-        roles = {layout.WEIGHTS: layout.ROLE_WEIGHTS, layout.MOMENTUM: layout.ROLE_MOMENTUM}
+        roles = layout.STATE_ROLES
         return tuple(StateEntry(role=roles[entry.path], path=entry.path) for entry in files if entry.path in roles)
 
     def add_deltas(self, merged: Iterable[tuple[MergeEntry, Path]]) -> None:
@@ -107,6 +107,14 @@ class Publisher:
         for entry in merged:
             (self._public / layout.delta_path(entry.blob_sha256)).unlink(missing_ok=True)
         return merged
+
+    def thin(self, checkpoint: int) -> None:
+        """Remove a checkpoint's state unless it is a snapshot; its patch, manifest and description stay."""
+        listed = self.published(checkpoint)
+        if listed is None or listed.manifest.snapshot == checkpoint:
+            return
+        for part in listed.manifest.state:
+            (self.directory(checkpoint) / part.path).unlink(missing_ok=True)
 
     def publish(self, place: Path, manifest: Manifest) -> PublishedManifest:
         """Move a complete workplace to its public name, then the signed manifest: from that instant it is published."""

@@ -112,18 +112,60 @@ class TrainingSettings(_Section):
     )
 
 
-class CodecSettings(_Section):
-    """How deltas are coded on their way up (4 bits a parameter, seeded dither)."""
+def _power_of_two(name: str, value: int) -> int:
+    if value & (value - 1):
+        lower = 1 << (value.bit_length() - 1)
+        raise ValueError(f"{name} is {value}; it must be a power of two, such as {lower} or {2 * lower}.")
+    return value
 
-    block: int = Field(default=256, ge=16, le=65_536, description="Parameters that share a scale; a power of two.")
+
+class CodecSettings(_Section):
+    """How deltas are coded on their way up: rounded with a seeded dither, packed and compressed."""
+
+    levels: int = Field(
+        default=1,
+        ge=1,
+        le=127,
+        description="Codes are whole numbers from -levels to levels: 1 takes about 1.2 bits a parameter, 7 about 3.4, "
+        "127 about 8.",
+    )
+    block: int = Field(default=1024, ge=16, le=65_536, description="Parameters that share a scale; a power of two.")
+    reach: float = Field(
+        default=2.75,
+        ge=1,
+        le=64,
+        description="What the largest code stands for, in mean magnitudes of a block; with 7 levels or more take 5.",
+    )
+    width: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Width of the dither, in scales: 1 is without bias and noisy, 0 rounds to the nearest. With 7 "
+        "levels or more take 1.",
+    )
 
     @field_validator("block")
     @classmethod
     def _power_of_two(cls, block: int) -> int:
-        if block & (block - 1):
-            lower = 1 << (block.bit_length() - 1)
-            raise ValueError(f"codec.block is {block}; it must be a power of two, such as {lower} or {2 * lower}.")
-        return block
+        return _power_of_two("codec.block", block)
+
+
+class PatchSettings(_Section):
+    """How each outer step is coded on its way down: what is small waits for a later patch."""
+
+    block: int = Field(default=1024, ge=16, le=65_536, description="Parameters that share a scale; a power of two.")
+    threshold: float = Field(
+        default=1.0,
+        ge=1 / 256,
+        le=4,
+        description="Share of a block's mean magnitude from which a parameter moves at once. A lower one makes patches "
+        "larger and what waits smaller.",
+    )
+
+    @field_validator("block")
+    @classmethod
+    def _power_of_two(cls, block: int) -> int:
+        return _power_of_two("patch.block", block)
 
 
 class OuterSettings(_Section):
@@ -249,6 +291,13 @@ class StorageSettings(_Section):
         ge=0,
         le=10_000_000,
         description="Rounds whose deltas are kept; 0 keeps all. Older rounds keep digests only.",
+    )
+    snapshot_every: int = Field(
+        default=10,
+        ge=1,
+        le=10_000_000,
+        description="Of so many checkpoints in a row one is kept whole; of the others only a patch, once they are "
+        "a few rounds old.",
     )
     reserve_mib: int = Field(
         default=512, ge=0, le=2**30, description="Free space (MiB) below which uploads are refused."

@@ -21,15 +21,15 @@ from typing import Any, Final
 import numpy as np
 
 from coordinator.weighing import weigh
-from diloco.container import Container, container_size
-from diloco.merge import MergeInput, UnmergeInput, merge_round
+from diloco.container import Container, largest_container
+from diloco.merge import MergeFiles, MergeInput, OuterState, UnmergeInput, merge_round
 from diloco.sketch import sketch
 from protocol import layout
 from protocol.documents import Artifact, FileEntry, RunConfig
 from protocol.errors import Bug, BytesRefused, CheckpointCorrupt, CommonweightError, SketchMismatch
 from verify.admission import admit_delta, file_sha256
 from verify.compare import sketch_difference
-from verify.replay import codec_config, conditioning_config, delta_schema, model_config, outer_config
+from verify.replay import codec_config, conditioning_config, delta_schema, merge_rules, model_config
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ Job = dict[str, Any]
 
 
 def describe(config: RunConfig) -> Job:
-    """Return what the control process must know about the run's deltas: their exact size in bytes."""
-    return {"delta_bytes": container_size(delta_schema(config), codec_config(config), bytes(32))}
+    """Return what the control process must know about the run's deltas: the most bytes that one may have."""
+    return {"delta_bytes": largest_container(delta_schema(config), codec_config(config))}
 
 
 def admit(config: RunConfig, job: Job) -> Job:
@@ -79,7 +79,7 @@ def compare(config: RunConfig, job: Job) -> Job:
 
 
 def merge(config: RunConfig, job: Job) -> Job:
-    """Merge a round's deltas into `out`; return the entries of the two files written there.
+    """Merge a round's deltas into `out`; return the entries of the files written there.
 
     Everything is read and hashed again first: a bit that a disk has flipped since the receipt would otherwise go into a
     signed checkpoint that nobody could derive again.
@@ -107,23 +107,37 @@ def merge(config: RunConfig, job: Job) -> Job:
         )
         for entry in job["unmerge"]
     ]
-    momentum = base / layout.MOMENTUM
-    targets = {path: out / path for path in (layout.WEIGHTS, layout.MOMENTUM)}
+    targets = {path: out / path for path in (*layout.STATE, layout.PATCH)}
     for target in targets.values():
         target.parent.mkdir(parents=True, exist_ok=True)
+    momentum, residual = base / layout.MOMENTUM, base / layout.RESIDUAL
     result = merge_round(
-        base / layout.WEIGHTS,
-        momentum if momentum.exists() else None,
+        OuterState(
+            weights=base / layout.WEIGHTS,
+            weights_sha256=bytes.fromhex(job["base_files"][layout.WEIGHTS]),
+            momentum=momentum if momentum.exists() else None,
+            residual=residual if residual.exists() else None,
+        ),
         inputs,
-        outer_config(config),
-        targets[layout.WEIGHTS],
-        targets[layout.MOMENTUM],
+        merge_rules(config),
+        MergeFiles(
+            weights=targets[layout.WEIGHTS],
+            momentum=targets[layout.MOMENTUM],
+            residual=targets[layout.RESIDUAL],
+            patch=targets[layout.PATCH],
+        ),
         unmerge=taken_out,
     )
+    patch = targets[layout.PATCH]
     files = [
         FileEntry(path=path, sha256=digest.sha256.hex(), size=digest.size)
-        for path, digest in ((layout.WEIGHTS, result.weights), (layout.MOMENTUM, result.momentum))
+        for path, digest in (
+            (layout.WEIGHTS, result.weights),
+            (layout.MOMENTUM, result.momentum),
+            (layout.RESIDUAL, result.residual),
+        )
     ]
+    files.append(FileEntry(path=layout.PATCH, sha256=file_sha256(patch), size=patch.stat().st_size))
     return {"files": [asdict(entry) for entry in files]}
 
 

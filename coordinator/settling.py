@@ -250,14 +250,26 @@ def unfinished_round(desk: Desk) -> Round | None:
 
 
 def manifest_of(
-    desk: Desk, merged: Round, *, previous_sha256: Digest, files: tuple[FileEntry, ...], state: tuple[StateEntry, ...]
+    desk: Desk,
+    merged: Round,
+    *,
+    previous_sha256: Digest,
+    snapshot: int,
+    files: tuple[FileEntry, ...],
+    state: tuple[StateEntry, ...],
 ) -> Manifest:
-    """Return the manifest of the checkpoint that a round publishes."""
+    """Return the manifest of the checkpoint that a round publishes.
+
+    Args:
+        snapshot: the newest snapshot before it.
+    """
+    due = merged.round - snapshot >= desk.snapshot_every or merged.round >= desk.config.rounds.planned
     position, head = _log_end(desk, merged.round)
     return Manifest(
         run=desk.run,
         config_sha256=desk.config_sha256,
         checkpoint=merged.round,
+        snapshot=merged.round if due else snapshot,
         previous_manifest_sha256=previous_sha256,
         outer=desk.config.outer,
         weigh_seed=merged.weigh_seed,

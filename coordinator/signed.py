@@ -7,8 +7,21 @@ from typing import Any, Final
 from coordinator.settings import Settings
 from coordinator.settings_problems import show
 from diloco import NUMERICS
+from diloco.codec import UNIT as CODEC_UNIT
+from diloco.patch import THRESHOLD_ONE
 from mmdit.presets import PRESETS
-from protocol.documents import Codec, DataSet, Digest, OuterStep, Rounds, RunConfig, ShardRef, Training, Verification
+from protocol.documents import (
+    Codec,
+    DataSet,
+    Digest,
+    OuterStep,
+    Patch,
+    Rounds,
+    RunConfig,
+    ShardRef,
+    Training,
+    Verification,
+)
 from protocol.limits import SECOND_MS
 
 DROPOUT_ONE: Final = 2**16
@@ -61,7 +74,18 @@ def run_config(
             **training.model_dump(exclude={"text_dropout"}),
             text_dropout=round(training.text_dropout * DROPOUT_ONE),
         ),
-        codec=Codec(kind="dither4", block=settings.codec.block),
+        codec=Codec(
+            kind="dither",
+            levels=settings.codec.levels,
+            block=settings.codec.block,
+            reach=round(settings.codec.reach * CODEC_UNIT),
+            width=round(settings.codec.width * CODEC_UNIT),
+        ),
+        patch=Patch(
+            kind="dead-zone",
+            block=settings.patch.block,
+            threshold=round(settings.patch.threshold * THRESHOLD_ONE),
+        ),
         outer=OuterStep(lr=outer.lr, momentum=outer.momentum),
         rounds=_rounds(settings),
         genesis_sha256=genesis_sha256,
@@ -128,7 +152,12 @@ def _as_written(config: RunConfig) -> dict[str, Any]:
         "data.source": config.data.source,
         "data.licence": config.data.licence,
         **{f"training.{name}": value for name, value in training.items()},
+        "codec.levels": config.codec.levels,
         "codec.block": config.codec.block,
+        "codec.reach": config.codec.reach / CODEC_UNIT,
+        "codec.width": config.codec.width / CODEC_UNIT,
+        "patch.block": config.patch.block,
+        "patch.threshold": config.patch.threshold / THRESHOLD_ONE,
         "outer.lr": config.outer.lr,
         "outer.momentum": config.outer.momentum,
         **{f"rounds.{name}": value for name, value in rounds.items()},

@@ -1,74 +1,120 @@
-"""The delta codec `dither4`: four bits a parameter, unbiased, stateless, and replayable from the unit's seed.
+"""The delta codec: from about one bit to eight bits a parameter, stateless, and replayable from the unit's seed.
 
-Each block of 256 elements of a flattened tensor shares one scale, its largest magnitude over 7 rounded up to a bf16. An
-element x becomes floor(x / scale + u), an integer in [-7, 7], with u = (k + 1/2) / 2^16 drawn from the unit's "dither"
-stream. Averaged over u the decoded value is x (within 2^-17 scales), so no error feedback, and so no hidden state, is
-needed. Stored: code + 8, two in a byte, the first in the low half. When a tensor's element count is odd, the last high
-half is padding and must be 8, the code of zero.
+Each block of elements of a flattened tensor shares one scale: `reach` times its mean magnitude over L, the run's
+`levels`, rounded up to a bf16. An element x becomes floor(x / scale + u), held to [-L, L]. With L = 1 the codes are
+trits; how they lie in bytes is `diloco.packing`'s business. The dither u is spread evenly over `width` around 1/2, in
+2^16 steps k that the unit's "dither" stream draws:
 
-Blocks below 2^-100 are stored as zero, and larger values than 2^100 are refused, so that no decoded value is subnormal
-or can overflow: machines that flush subnormals to zero still agree.
+    u = 1/2 + width * ((k + 1/2) / 2^16 - 1/2)
+
+With a width of one and a reach that no element exceeds, the decoded value is x on the average over u. A narrower dither
+and a shorter reach are far less noisy, and their errors hardly add up: the deltas of a merge differ by more than a
+scale, so that each rounds the others' bias away. Nothing is remembered from one delta to the next, so there is no
+hidden state, and whoever runs the unit again gets the same codes.
+
+Blocks whose mean magnitude is below 2^-100 are stored as zero, and larger values than 2^100 are refused, so that no
+decoded value is subnormal or can overflow: machines that flush subnormals to zero still agree.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from diloco.packing import CELL, MAX_LEVELS, Packed, Packing, Signed
 from diloco.schema import Schema
 from diloco.streams import Stream
 from diloco.tables import Floats
 from protocol.canonical import canonical_json
 from protocol.errors import DeltaCodeIllegal, DeltaNotFinite
 
-Codes = npt.NDArray[np.uint8]
 Scales = npt.NDArray[np.uint16]
 
-KIND: Final = "dither4"
-ZERO_CODE: Final = 8
-ZERO_PAIR: Final = 0x88
+DITHER: Final = "dither"
+DEAD_ZONE: Final = "dead-zone"
+"""How codes came about: by a seeded dither, on the way up; by `diloco.patch`, on the way down."""
 DITHER_GROUP: Final = 1 << 16
 """Elements of a tensor that share one draw of the dither stream: step = tensor's index, sample = group's index."""
 DECODE_CHUNK: Final = 1 << 18
-"""Elements decoded at once by readers that stream; a multiple of every block size."""
-_LEVELS: Final = np.float32(7.0)
-_SMALLEST: Final = np.float32(2.0**-100)
+"""Elements decoded at once by readers that stream; a multiple of every block size and of a cell."""
+UNIT: Final = 256
+"""One, in the units of `reach` and `width`."""
+MAX_REACH: Final = 64 * UNIT
+SMALLEST_MEAN: Final = np.float32(2.0**-100)
+"""Mean magnitude below which a block is stored as zero."""
 _LARGEST: Final = np.float32(2.0**100)
-_DOMAIN: Final = b"commonweight/delta/v1\0"
+SMALLEST_SCALE: Final = np.uint16(0x0600)
+LARGEST_SCALE: Final = np.uint16(0x7500)
+"""The bits of the bf16 numbers 2^-115 and 2^107: no scale that an encoder writes lies beyond."""
+_DOMAIN: Final = b"commonweight/delta/v2\0"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """How deltas are coded in a run: the kind of code, and the elements that share a scale (a power of two)."""
+    """How deltas are coded in a run.
+
+    Args:
+        kind: of the code.
+        levels: codes are whole numbers from -levels to levels: 1 is ternary, 7 about four bits, 127 eight.
+        block: elements that share a scale, a power of two.
+        reach: the magnitude that the largest code stands for, in units of 2^-8 of the block's mean magnitude.
+        width: of the dither, in units of 2^-8 of a scale: 0 rounds to the nearest, 256 is without bias.
+    """
 
     kind: str
+    levels: int
     block: int
+    reach: int
+    width: int
 
     def __post_init__(self) -> None:
-        if self.kind != KIND:
-            raise ValueError(f"codec kind is {self.kind!r}; this version knows only {KIND!r}")
+        if self.kind not in (DITHER, DEAD_ZONE):
+            raise ValueError(f"codec kind is {self.kind!r}; this version knows {DITHER!r} and {DEAD_ZONE!r}")
+        if not 1 <= self.levels <= MAX_LEVELS:
+            raise ValueError(f"codec levels is {self.levels}; it must be from 1 (ternary) to {MAX_LEVELS} (8 bits)")
         if not 16 <= self.block <= DITHER_GROUP or self.block & (self.block - 1):
             raise ValueError(f"codec block is {self.block}; it must be a power of two from 16 to {DITHER_GROUP}")
+        if not UNIT <= self.reach <= MAX_REACH:
+            raise ValueError(f"codec reach is {self.reach}; it must be from {UNIT} to {MAX_REACH} (in 2^-8)")
+        if not 0 <= self.width <= UNIT:
+            raise ValueError(f"codec width is {self.width}; it must be from 0 to {UNIT} (in 2^-8)")
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How codes lie in bytes."""
+        return Packing(levels=self.levels)
 
     def num_blocks(self, elements: int) -> int:
         """Return how many scales a tensor of so many elements has."""
         return -(-elements // self.block)
 
+    @property
+    def alignment(self) -> int:
+        """Parts of a tensor begin at multiples of this: at the start of a block and of a cell."""
+        return max(self.block, CELL)
+
+    @cached_property
+    def share(self) -> np.float32:
+        """A scale as a share of its block's mean magnitude: reach over levels."""
+        share: np.float32 = np.divide(np.float32(self.reach / UNIT), np.float32(self.levels))
+        return share
+
     def to_json(self) -> dict[str, object]:
         """Return the form that is hashed and written into containers."""
-        return {"kind": self.kind, "block": self.block}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedDelta:
-    """Codes (uint8, two in a byte) and scales (bf16 bits in uint16) of each tensor of a delta."""
+    """Packed codes (uint8) and scales (bf16 bits in uint16) of each tensor of a delta."""
 
     schema: Schema
     codec: CodecConfig
-    codes: Mapping[str, Codes]
+    codes: Mapping[str, Packed]
     scales: Mapping[str, Scales]
 
     def data(self) -> Iterator[memoryview]:
@@ -85,19 +131,19 @@ class EncodedDelta:
     def decoded(self) -> dict[str, Floats]:
         """Return every tensor decoded, fp32 in the schema's shapes."""
         return {
-            spec.name: decode(self.codes[spec.name], self.scales[spec.name], spec.num_elements, block=self.codec.block)
+            spec.name: decode(self.codes[spec.name], self.scales[spec.name], spec.num_elements, codec=self.codec)
             .reshape(spec.shape)
             for spec in self.schema.tensors
         }  # fmt: skip
 
     def decoded_chunks(self) -> Iterator[Floats]:
         """Yield the decoded delta as flat fp32 chunks, tensor after tensor."""
-        block = self.codec.block
+        packing, block = self.codec.packing, self.codec.block
         for spec in self.schema.tensors:
             for start, stop in chunk_ranges(spec.num_elements):
-                codes = self.codes[spec.name][start // 2 : (stop + 1) // 2]
+                codes = self.codes[spec.name][packing.num_bytes(start) : packing.num_bytes(stop)]
                 scales = self.scales[spec.name][start // block : -(-stop // block)]
-                yield decode(codes, scales, stop - start, block=block)
+                yield decode(codes, scales, stop - start, codec=self.codec)
 
 
 def content_digest(schema: Schema, codec: CodecConfig, data: Iterable[memoryview]) -> bytes:
@@ -129,7 +175,7 @@ def encode(delta: Mapping[str, Floats], schema: Schema, codec: CodecConfig, seed
     if set(delta) != set(schema.names):
         raise ValueError("the delta's tensors are not those of the schema")
     stream = Stream(seed, "dither")
-    codes: dict[str, Codes] = {}
+    codes: dict[str, Packed] = {}
     scales: dict[str, Scales] = {}
     for index, spec in enumerate(schema.tensors):
         tensor = delta[spec.name]
@@ -140,17 +186,15 @@ def encode(delta: Mapping[str, Floats], schema: Schema, codec: CodecConfig, seed
     return EncodedDelta(schema=schema, codec=codec, codes=codes, scales=scales)
 
 
-def decode(codes: Codes, scales: Scales, elements: int, *, block: int) -> Floats:
-    """Return `elements` fp32 values; `codes` and `scales` start at the boundary of a block.
+def decode(codes: Packed, scales: Scales, elements: int, *, codec: CodecConfig) -> Floats:
+    """Return `elements` fp32 values; `codes` and `scales` start at a multiple of `codec.alignment`.
 
-    Every product is exact (a 3-bit integer times 8 significant bits), so all machines agree. Legality is
-    `check_codes`'s business; an illegal nibble 0 decodes as -8.
+    Every product is exact (7 bits times 8 significant ones), so all machines agree. Legality is `check_codes`'s
+    business.
     """
-    pairs = np.empty(codes.size, dtype=np.uint64)
-    # mode="clip" only tells numpy that it need not buffer: a byte is always within a table of 256.
-    np.take(_PAIRS, codes, out=pairs, mode="clip")
-    values: Floats = pairs.view(np.float32)[:elements]
+    values: Floats = codec.packing.unpack(codes, elements).astype(np.float32)
     steps = bf16_to_f32(scales)
+    block = codec.block
     whole = elements // block
     full = values[: whole * block].reshape(whole, block)
     np.multiply(full, steps[:whole, None], out=full)
@@ -175,95 +219,115 @@ def check_scales(scales: Scales, name: str) -> None:
         DeltaCodeIllegal: negative, subnormal, or below the smallest that an encoder writes.
     """
     magnitude = scales & np.uint16(0x7FFF)
-    if magnitude.size and np.max(magnitude) > _MAX_SCALE_BITS:
+    if magnitude.size and np.max(magnitude) > LARGEST_SCALE:
         raise DeltaNotFinite(f"Tensor {name} of the delta holds a scale that is not finite or beyond any honest value.")
     # What remains is legal exactly if it is zero or at least the smallest: negatives wrap round to large numbers here.
-    if np.any((scales != 0) & ((scales < _MIN_SCALE_BITS) | (scales > _MAX_SCALE_BITS))):
+    if np.any((scales != 0) & ((scales < SMALLEST_SCALE) | (scales > LARGEST_SCALE))):
         raise DeltaCodeIllegal(
             f"Tensor {name} of the delta holds a negative or subnormal scale; no encoder writes one."
         )
 
 
-def check_codes(codes: Codes, scales: Scales, elements: int, *, block: int, name: str) -> None:
-    """Refuse codes that no encoder writes; `codes` and `scales` start at the boundary of a block.
+def check_codes(codes: Packed, scales: Scales, elements: int, *, codec: CodecConfig, name: str) -> None:
+    """Refuse codes that no encoder writes; `codes` and `scales` start at a multiple of `codec.alignment`.
 
     Raises:
-        DeltaCodeIllegal: a nibble 0, a padding nibble that is not 8, or a code other than 8 under a zero scale.
+        DeltaCodeIllegal: a byte that stands for nothing, padding that is not zero, or a code under a zero scale.
     """
-    if np.any(codes < 16) or np.any((codes & 15) == 0):
-        raise DeltaCodeIllegal(f"Tensor {name} of the delta holds the code -8, which no encoder writes.")
-    if elements % 2 and codes[-1] >> 4 != ZERO_CODE:
-        raise DeltaCodeIllegal(f"Tensor {name} of the delta ends in padding that is not zero.")
-    silent = scales == 0
-    if not np.any(silent):
+    packing = codec.packing
+    if codes.size and np.max(codes) >= packing.values:
+        raise DeltaCodeIllegal(f"Tensor {name} of the delta holds a byte that stands for no codes.")
+    if np.any(packing.padding(codes, elements) != codec.levels):
+        raise DeltaCodeIllegal(f"Tensor {name} of the delta has padding that is not zero.")
+    silent = np.flatnonzero(scales == 0)
+    if not silent.size:
         return
-    half = block // 2
-    whole = codes.size // half
-    rows_GH = codes[: whole * half].reshape(whole, half)
-    rest = codes[whole * half :] if silent.size > whole and silent[-1] else codes[:0]
-    if np.any(rows_GH[silent[:whole]] != ZERO_PAIR) or np.any(rest != ZERO_PAIR):
+    numbers = packing.unpack(codes, elements)
+    block = codec.block
+    whole = elements // block
+    rows_GB = numbers[: whole * block].reshape(whole, block)
+    rest = numbers[whole * block :] if silent[-1] == whole else numbers[:0]
+    if np.any(rows_GB[silent[silent < whole]]) or np.any(rest):
         raise DeltaCodeIllegal(f"Tensor {name} of the delta has codes other than zero under a scale of zero.")
 
 
-def _encode_tensor(flat: Floats, stream: Stream, tensor: int, codec: CodecConfig, name: str) -> tuple[Codes, Scales]:
-    codes = np.empty((flat.size + 1) // 2, dtype=np.uint8)
+def dither(stream: Stream, tensor: int, group: int, elements: int, width: int) -> Floats:
+    """Return the dither u of a group's elements, fp32 in (0, 1).
+
+    Args:
+        stream: the unit's "dither" stream.
+        tensor: the tensor's index in the schema.
+        group: the index of the group of `DITHER_GROUP` elements within the tensor.
+        width: of the codec.
+    """
+    uniform = stream.u16(tensor, group, elements).astype(np.float32)
+    np.subtract(uniform, np.float32(2**15 - 0.5), out=uniform)
+    np.multiply(uniform, np.float32(width * 2.0**-24), out=uniform)
+    return np.add(uniform, np.float32(0.5), out=uniform)
+
+
+def _encode_tensor(flat: Floats, stream: Stream, tensor: int, codec: CodecConfig, name: str) -> tuple[Packed, Scales]:
+    packing = codec.packing
+    codes = np.empty(packing.num_bytes(flat.size), dtype=np.uint8)
     scales = np.empty(codec.num_blocks(flat.size), dtype=np.uint16)
     for group, (start, stop) in enumerate(chunk_ranges(flat.size, DITHER_GROUP)):
-        blocks = codec.num_blocks(stop - start)
-        padded = flat[start:stop]
-        if padded.size < blocks * codec.block:
-            padded = np.zeros(blocks * codec.block, dtype=np.float32)
-            padded[: stop - start] = flat[start:stop]
-        x_GB = padded.reshape(blocks, codec.block)
-        bits = _scale_bits(x_GB, name)
-        dither = stream.u16(tensor, group, x_GB.size).reshape(x_GB.shape)
-        packed = _pack(_quantise(x_GB, bits, dither), stop - start)
-        scales[start // codec.block : start // codec.block + blocks] = bits
-        codes[start // 2 : (stop + 1) // 2] = packed[: (stop - start + 1) // 2]
+        x_GB = in_blocks(flat[start:stop], codec.block)
+        bits = _scale_bits(x_GB, stop - start, codec, name)
+        uniform = dither(stream, tensor, group, x_GB.size, codec.width).reshape(x_GB.shape)
+        numbers = _quantise(x_GB, bits, uniform, codec.levels).reshape(-1)[: stop - start]
+        scales[start // codec.block : start // codec.block + len(x_GB)] = bits
+        codes[packing.num_bytes(start) : packing.num_bytes(stop)] = packing.pack(numbers)
     return codes, scales
 
 
-def _scale_bits(x_GB: Floats, name: str) -> Scales:
+def in_blocks(flat: Floats, block: int) -> Floats:
+    """Return the values in rows of `block`, the last one filled up with zeros; no copy if none is needed."""
+    blocks = -(-flat.size // block)
+    if flat.size < blocks * block:
+        padded = np.zeros(blocks * block, dtype=np.float32)
+        padded[: flat.size] = flat
+        flat = padded
+    return flat.reshape(blocks, block)
+
+
+def mean_magnitudes(x_GB: Floats, elements: int) -> Floats:
+    """Return the mean magnitude of each row of `in_blocks`: a sum by halves, the same bits on every machine.
+
+    Args:
+        elements: how many the rows hold together, without what the last one is filled up with.
+    """
+    size_G = np.full(len(x_GB), x_GB.shape[1], dtype=np.float32)
+    size_G[-1] = elements - (len(x_GB) - 1) * x_GB.shape[1]
+    return np.divide(sum_rows(np.abs(x_GB)), size_G)
+
+
+def sum_rows(values_GB: Floats) -> Floats:
+    """Add up each row by halves; rows are a power of two long."""
+    while values_GB.shape[1] > 1:
+        half = values_GB.shape[1] // 2
+        values_GB = np.add(values_GB[:, :half], values_GB[:, half:])
+    return values_GB[:, 0]
+
+
+def _scale_bits(x_GB: Floats, elements: int, codec: CodecConfig, name: str) -> Scales:
     largest = np.maximum(np.max(x_GB, axis=1), -np.min(x_GB, axis=1))
     if not np.all(largest <= _LARGEST):  # NaN is not <= anything
         raise DeltaNotFinite(f"Tensor {name} of the delta holds a value that is not finite or is beyond 2^100.")
-    return np.where(largest < _SMALLEST, np.uint16(0), _bf16_upward(largest / _LEVELS))
+    mean = mean_magnitudes(x_GB, elements)
+    return np.where(mean < SMALLEST_MEAN, np.uint16(0), bf16_upward(np.multiply(mean, codec.share)))
 
 
-def _bf16_upward(values: Floats) -> Scales:
-    """Round non-negative fp32 up to bf16, by integer arithmetic on the bits."""
+def bf16_upward(values: Floats) -> Scales:
+    """Round non-negative fp32 up to bf16, by integer arithmetic on the bits; a zero stays one."""
     bits = values.view(np.uint32)
     return ((bits + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
 
 
-def _quantise(x_GB: Floats, bits: Scales, dither: npt.NDArray[np.uint16]) -> Codes:
-    """Return floor(x / scale + u) + 8 as uint8, each operation a separate fp32 one."""
+def _quantise(x_GB: Floats, bits: Scales, uniform_GB: Floats, levels: int) -> Signed:
+    """Return floor(x / scale + u) within the levels as int8, each operation a separate fp32 one."""
     steps = np.where(bits == 0, np.float32(1.0), bf16_to_f32(bits))
-    uniform = dither.astype(np.float32)
-    np.add(uniform, np.float32(0.5), out=uniform)
-    np.multiply(uniform, np.float32(2.0**-16), out=uniform)
     values = np.divide(x_GB, steps[:, None])
-    np.add(values, uniform, out=values)
-    # |x / scale| <= 7 (1 + 2^-23) and u is in [2^-17, 1 - 2^-17], so the floor is within [-7, 7] without clipping.
+    np.add(values, uniform_GB, out=values)
     np.floor(values, out=values)
-    np.add(values, np.float32(ZERO_CODE), out=values)
-    return values.astype(np.uint8)
-
-
-def _pack(stored: Codes, elements: int) -> Codes:
-    flat = stored.reshape(-1)
-    flat[elements:] = ZERO_CODE
-    pairs = flat.view("<u2")
-    packed: Codes = (pairs | (pairs >> 4)).astype(np.uint8)
-    return packed
-
-
-def _pair_table() -> npt.NDArray[np.uint64]:
-    byte = np.arange(256, dtype=np.uint32)
-    values = np.stack([byte & 15, byte >> 4], axis=1).astype(np.float32) - np.float32(ZERO_CODE)
-    return values.reshape(-1).view(np.uint64)
-
-
-_PAIRS: Final = _pair_table()
-_MIN_SCALE_BITS: Final = int(_bf16_upward(np.array([_SMALLEST / _LEVELS], dtype=np.float32))[0])
-_MAX_SCALE_BITS: Final = int(_bf16_upward(np.array([_LARGEST / _LEVELS], dtype=np.float32))[0])
+    np.clip(values, np.float32(-levels), np.float32(levels), out=values)
+    return values.astype(np.int8)

@@ -1,11 +1,12 @@
-"""The file a delta travels in: a safetensors file whose every header byte follows from (schema, codec, unit id).
+"""The file a delta travels in: a compressed safetensors file whose header follows from (schema, codec, unit id).
 
-Nothing of the header is interpreted: size, then header bytes are compared with the implied ones, and only then is data
-read, chunk by chunk. A 66 MB header, a compressed stream or a foreign schema is refused at the cost of a `stat` call or
-of reading one header of the right length.
+Unpacked (`zstd -d` does it) it is a safetensors file: all scales, then all packed codes. Its size and header are
+implied by the run, so nothing of the header is interpreted: it is compared with the bytes that must be there, and only
+then is data read, piece by piece. A foreign schema, a 66 MB header or a stream that would unpack to more than a delta
+is refused at the cost of reading one table and one header of the right length.
 """
 
-import os
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,6 @@ import numpy as np
 from diloco.codec import (
     DECODE_CHUNK,
     CodecConfig,
-    Codes,
     EncodedDelta,
     Scales,
     check_codes,
@@ -25,16 +25,17 @@ from diloco.codec import (
     content_digest,
     decode,
 )
+from diloco.frames import FramedFile, largest_file, write_frames
 from diloco.layout import Entry, Layout
-from diloco.pinned import Bytes, PinnedFile
+from diloco.packing import CELL, Packed
+from diloco.pinned import Bytes
 from diloco.schema import Schema
 from diloco.tables import Floats
 from protocol.canonical import canonical_json
-from protocol.errors import DeltaOversized, DeltaSchemaMismatch, DeltaTruncated
+from protocol.errors import DeltaSchemaMismatch
 from protocol.limits import MAX_CONTAINER_HEADER_BYTES
 
-FORMAT: Final = 1
-_HASH_CHUNK: Final = 1 << 20
+FORMAT: Final = 2
 
 
 @lru_cache(maxsize=64)
@@ -48,7 +49,8 @@ def container_layout(schema: Schema, codec: CodecConfig, unit_id: bytes) -> Layo
         for spec in schema.tensors
     ]
     codes = [
-        Entry(name=f"{spec.name}.codes", dtype="U8", shape=((spec.num_elements + 1) // 2,)) for spec in schema.tensors
+        Entry(name=f"{spec.name}.codes", dtype="U8", shape=(codec.packing.num_bytes(spec.num_elements),))
+        for spec in schema.tensors
     ]
     return Layout(entries=(*scales, *codes), metadata=("delta", described.decode("utf-8")))
 
@@ -63,30 +65,32 @@ def expected_header(schema: Schema, codec: CodecConfig, unit_id: bytes) -> bytes
 
 
 def container_size(schema: Schema, codec: CodecConfig, unit_id: bytes) -> int:
-    """Return the exact size of a container in bytes; every delta of the run has this size."""
+    """Return the exact size of an unpacked container in bytes; every delta of the run has this size."""
     layout = container_layout(schema, codec, unit_id)
     return len(_bounded_prefix(layout)) + layout.data_bytes()
 
 
+def largest_container(schema: Schema, codec: CodecConfig) -> int:
+    """Return the most bytes that a container's file may have; a lease allows so many."""
+    return largest_file(container_size(schema, codec, bytes(32)))
+
+
 def write_container(path: Path, encoded: EncodedDelta, unit_id: bytes) -> None:
     """Write the delta of a unit to `path` and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(expected_header(encoded.schema, encoded.codec, unit_id))
-        for part in encoded.data():
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    header = expected_header(encoded.schema, encoded.codec, unit_id)
+    size = container_size(encoded.schema, encoded.codec, unit_id)
+    write_frames(path, size, itertools.chain([header], encoded.data()))
 
 
 class Container:
-    """A received delta whose size and header hold; its content is checked by `check_finite` and read in chunks.
+    """A received delta whose table and header hold; its content is checked by `check_finite` and read in chunks.
 
     Holds no open file: see `PinnedFile`.
     """
 
     __slots__ = ("_data_start", "_file", "_starts", "codec", "schema", "unit_id")
 
-    def __init__(self, file: PinnedFile, schema: Schema, codec: CodecConfig, unit_id: bytes, data_start: int) -> None:
+    def __init__(self, file: FramedFile, schema: Schema, codec: CodecConfig, unit_id: bytes, data_start: int) -> None:
         """`open` makes containers, after it has compared the `data_start` bytes before the data."""
         self.schema = schema
         self.codec = codec
@@ -97,21 +101,15 @@ class Container:
 
     @classmethod
     def open(cls, path: Path, schema: Schema, codec: CodecConfig, unit_id: bytes) -> Self:
-        """Compare size, then header, with what schema, codec and unit imply.
+        """Compare the table of frames, then the header, with what schema, codec and unit imply.
 
         Raises:
-            DeltaTruncated: the file is shorter.
-            DeltaOversized: the file is longer.
+            DeltaTruncated, DeltaOversized: the file is shorter or longer than its table says, or than it can be.
+            DeltaStreamCorrupt: it has no such table, or its first frame does not unpack.
             DeltaSchemaMismatch: a byte of the header differs.
         """
-        layout = container_layout(schema, codec, unit_id)
-        expected = _bounded_prefix(layout)
-        size = len(expected) + layout.data_bytes()
-        file = PinnedFile(path, DeltaTruncated)
-        if file.size < size:
-            raise DeltaTruncated(f"The delta has {file.size:,} bytes; the run's model implies exactly {size:,}.")
-        if file.size > size:
-            raise DeltaOversized(f"The delta has {file.size:,} bytes; the run's model implies exactly {size:,}.")
+        expected = expected_header(schema, codec, unit_id)
+        file = FramedFile.open(path, container_size(schema, codec, unit_id))
         (found,) = file.read((0, len(expected)))
         if found.tobytes() != expected:
             raise DeltaSchemaMismatch(
@@ -125,22 +123,24 @@ class Container:
 
         Raises:
             DeltaNotFinite: a scale is NaN, infinite, or beyond any honest value.
-            DeltaCodeIllegal: a negative or subnormal scale, a nibble 0, non-zero padding, codes under a zero scale.
+            DeltaCodeIllegal: a negative or subnormal scale, a byte that stands for nothing, padding that is not zero,
+                codes under a zero scale.
+            DeltaStreamCorrupt: a frame does not unpack to what it must.
         """
         for spec in self.schema.tensors:
             for start, stop in chunk_ranges(spec.num_elements, 4 * DECODE_CHUNK):
                 codes, scales = self.coded(spec.name, start, stop)
                 check_scales(scales, spec.name)
-                check_codes(codes, scales, stop - start, block=self.codec.block, name=spec.name)
+                check_codes(codes, scales, stop - start, codec=self.codec, name=spec.name)
 
     def content_digest(self) -> bytes:
         """Return the SHA-256 of codec, schema, scales and codes, streamed; equal to `EncodedDelta.content_digest()`."""
         return content_digest(self.schema, self.codec, self._data())
 
     def decode(self, name: str, start: int, stop: int) -> Floats:
-        """Return elements [start, stop) of the flattened tensor, fp32; `start` must be the start of a block."""
+        """Return elements [start, stop) of the flattened tensor, fp32; `start` is a multiple of `codec.alignment`."""
         codes, scales = self.coded(name, start, stop)
-        return decode(codes, scales, stop - start, block=self.codec.block)
+        return decode(codes, scales, stop - start, codec=self.codec)
 
     def tensor(self, name: str) -> Floats:
         """Return one whole tensor, fp32 in its shape."""
@@ -153,17 +153,15 @@ class Container:
             for start, stop in chunk_ranges(spec.num_elements):
                 yield self.decode(spec.name, start, stop)
 
-    def coded(self, name: str, start: int, stop: int) -> tuple[Codes, Scales]:
-        """Return codes and scales of elements [start, stop); `start` must be the start of a block."""
-        block = self.codec.block
-        if start % block or not 0 <= start <= stop <= self.schema.elements_of[name]:
-            raise ValueError(f"elements {start} to {stop} of {name} are not a block-aligned range of the tensor")
-        codes, scales = self._file.read(
-            (self._data_start + self._starts[f"{name}.codes"] + start // 2, (stop - start + 1) // 2),
-            (
-                self._data_start + self._starts[f"{name}.scales"] + start // block * 2,
-                self.codec.num_blocks(stop - start) * 2,
-            ),
+    def coded(self, name: str, start: int, stop: int) -> tuple[Packed, Scales]:
+        """Return packed codes and scales of elements [start, stop); `start` is a multiple of `codec.alignment`."""
+        block, packing = self.codec.block, self.codec.packing
+        if start % self.codec.alignment or not 0 <= start <= stop <= self.schema.elements_of[name]:
+            raise ValueError(f"elements {start} to {stop} of {name} are not an aligned range of the tensor")
+        first = packing.num_bytes(start)
+        codes, scales = self.parts(
+            (self._starts[f"{name}.codes"] + first, self._packed_bytes(name, stop) - first),
+            (self._starts[f"{name}.scales"] + start // block * 2, self.codec.num_blocks(stop - start) * 2),
         )
         return codes, scales.view("<u2").astype(np.uint16, copy=False)
 
@@ -171,10 +169,16 @@ class Container:
         """Return one array of bytes for each (offset, length) in the data section, laid out as `data_starts` says."""
         return self._file.read(*((self._data_start + offset, length) for offset, length in spans))
 
+    def _packed_bytes(self, name: str, stop: int) -> int:
+        if stop % CELL and stop != self.schema.elements_of[name]:
+            raise ValueError(f"element {stop} of {name} is neither its end nor that of a cell")
+        return self.codec.packing.num_bytes(stop)
+
     def _data(self) -> Iterator[memoryview]:
-        for offset in range(self._data_start, self._file.size, _HASH_CHUNK):
-            (part,) = self._file.read((offset, min(_HASH_CHUNK, self._file.size - offset)))
-            yield part.data
+        skip = self._data_start
+        for piece in self._file.pieces():
+            yield piece[min(skip, len(piece)) :]
+            skip -= min(skip, len(piece))
 
 
 @lru_cache(maxsize=4)

@@ -2,14 +2,15 @@
 
     g     = sum_i (w_i * 2^-24) d_i        over claims in the order of their digests
     v     = mu v + g
-    theta = theta - eta (g + mu v)         DiLoCo's outer Nesterov step (arXiv 2311.08105, section 3)
+    step  = eta (g + mu v)                 DiLoCo's outer Nesterov step (arXiv 2311.08105, section 3)
+    theta = theta - P                      P is the step and what was left of earlier ones, rounded: see `diloco.patch`
 
 The step is linear in every delta. So one that was merged with weight w, k checkpoints before the base, and refuted
 since, can be taken out again: what it did to the base, with all that its momentum did in the rounds between, is
-subtracted before the round's own merge. What was published stays as it is.
+subtracted from the round's own step. What was published stays as it is.
 
-    theta = theta + eta w (1 + mu + ... + mu^(k+1)) d
-    v     = v - mu^k w d
+    step  = step - eta w (1 + mu + ... + mu^(k+1)) d
+    v     = v - mu^k w d                   before the round's own g is added
 
 Every operation is one separate numpy fp32 call, so the result is the same bytes on every machine; the chunk size only
 bounds memory, it does not touch the result. Memory does not grow with the number of deltas: one chunk of one tensor of
@@ -26,6 +27,7 @@ import numpy as np
 from diloco.checkpoint import FileDigest, TensorFile, TensorFileWriter
 from diloco.codec import chunk_ranges
 from diloco.container import Container
+from diloco.patch import PatchConfig, PatchWriter, round_step
 from diloco.schema import Schema, TensorSpec
 from diloco.tables import Floats
 from protocol.errors import CheckpointCorrupt, DeltaNotFinite
@@ -72,77 +74,112 @@ class UnmergeInput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OuterState:
+    """The files that a round starts from; momentum and residual are None for zeros (before round 1).
+
+    weights_sha256: of the weights' file, 32 bytes; the patch says with it what it applies to.
+    """
+
+    weights: Path
+    weights_sha256: bytes
+    momentum: Path | None
+    residual: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeFiles:
+    """The files that a merge writes: the new state, and the patch that leads to its weights."""
+
+    weights: Path
+    momentum: Path
+    residual: Path
+    patch: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
-    """Digests of the two files that a merge wrote."""
+    """Digests of the state files that a merge wrote."""
 
     weights: FileDigest
     momentum: FileDigest
+    residual: FileDigest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRules:
+    """What of the run config decides a merge: the outer step, how patches are rounded, the tensors of its deltas."""
+
+    outer: OuterConfig
+    patch: PatchConfig
+    schema: Schema
 
 
 def merge_round(
-    base_path: Path,
-    momentum_path: Path | None,
+    base: OuterState,
     inputs: Sequence[MergeInput],
-    outer: OuterConfig,
-    out_weights: Path,
-    out_momentum: Path,
+    rules: MergeRules,
+    out: MergeFiles,
     *,
     unmerge: Sequence[UnmergeInput] = (),
-    schema: Schema | None = None,
 ) -> MergeResult:
-    """Merge a round's deltas into the checkpoint at `base_path`; write weights and outer momentum, both fsynced.
+    """Merge a round's deltas into a checkpoint; write the state that follows and the patch, all fsynced.
 
-    Tensors of the base that the schema does not name (the position-embedding buffer) are carried through.
+    Tensors of the base that the schema does not name (the position-embedding buffer) are carried through. Without any
+    input the momentum moves on alone.
 
     Args:
-        momentum_path: the outer momentum that goes with the base; None stands for zeros (round 1).
         inputs: in any order; containers must have passed `check_finite`.
-        out_weights, out_momentum: temporary paths; the caller renames them into place.
-        unmerge: deltas that are taken out before the merge, in any order.
-        schema: the tensors of the run's deltas. Only needed if there are no inputs; then the momentum moves on alone.
+        out: temporary paths; the caller renames them into place.
+        unmerge: deltas that are taken out, in any order.
 
     Raises:
-        ValueError: nothing to do, a claim twice, weights that sum to more than one, or inputs of different schemas.
-        CheckpointCorrupt: base or momentum does not have the schema's tensors.
+        ValueError: a claim twice, weights that sum to more than one, or inputs of another schema.
+        CheckpointCorrupt: weights, momentum or residual do not have the schema's tensors.
         DeltaNotFinite: the new weights would not be finite.
     """
-    schema = _schema_of(inputs, unmerge, schema)
+    schema = rules.schema
+    containers = [item.container for item in inputs] + [item.container for item in unmerge]
+    if any(container.schema.digest != schema.digest for container in containers):
+        raise ValueError("all deltas of a merge must have the run's schema")
     work = _Work(
-        outer=outer,
+        rules=rules,
         merged=tuple(_ordered(inputs)),
-        removed=tuple((_removal(item, outer), item.container) for item in _ordered_removals(unmerge, momentum_path)),
+        removed=tuple((_removal(item, rules.outer), item.container) for item in _ordered_removals(unmerge, base)),
     )
-    base = TensorFile.open(base_path)
-    _require_tensors(base, schema, base_path)
-    momentum = None if momentum_path is None else TensorFile.open(momentum_path)
-    if momentum is not None and momentum_path is not None:
-        _require_tensors(momentum, schema, momentum_path)
+    weights = _open(base.weights, schema)
+    sources = _Sources(
+        weights=weights,
+        momentum=None if base.momentum is None else _open(base.momentum, schema),
+        residual=None if base.residual is None else _open(base.residual, schema),
+    )
     specs = {spec.name: spec for spec in schema.tensors}
-    momentum_shapes = {spec.name: spec.shape for spec in schema.tensors}
+    shapes = {spec.name: spec.shape for spec in schema.tensors}
     with (
-        TensorFileWriter(out_weights, base.shapes) as weights_out,
-        TensorFileWriter(out_momentum, momentum_shapes) as momentum_out,
+        TensorFileWriter(out.weights, weights.shapes) as weights_out,
+        TensorFileWriter(out.momentum, shapes) as momentum_out,
+        TensorFileWriter(out.residual, shapes) as residual_out,
+        PatchWriter(out.patch, schema, rules.patch, base.weights_sha256) as patch_out,
     ):
-        for name in base.names:
+        targets = _Targets(weights=weights_out, momentum=momentum_out, residual=residual_out, patch=patch_out)
+        for name in weights.names:
             if name in specs:
-                _merge_tensor(specs[name], base, momentum, work, weights_out, momentum_out)
+                _merge_tensor(specs[name], sources, work, targets)
             else:
-                weights_out.write(name, base.tensor(name))
+                weights_out.write(name, weights.tensor(name))
     assert weights_out.digest is not None
     assert momentum_out.digest is not None
-    return MergeResult(weights=weights_out.digest, momentum=momentum_out.digest)
+    assert residual_out.digest is not None
+    return MergeResult(weights=weights_out.digest, momentum=momentum_out.digest, residual=residual_out.digest)
 
 
-def merge_chunk(
-    theta: Floats, v: Floats, weighted: Iterable[tuple[int, Floats]], outer: OuterConfig
-) -> tuple[Floats, Floats]:
-    """Return (theta, v) after the outer step, for one chunk; the arguments are not changed.
+def outer_step(v: Floats, weighted: Iterable[tuple[int, Floats]], outer: OuterConfig) -> tuple[Floats, Floats]:
+    """Return (step, v) of one chunk: by how much the weights fall, and the new momentum; `v` is not changed.
 
     Args:
         weighted: (weight in units of 2^-24, decoded delta) in the order of the claims' digests; deltas are overwritten.
     """
     mu, eta = np.float32(outer.momentum), np.float32(outer.lr)
-    g = np.zeros_like(theta)
+    g = np.zeros_like(v)
     for weight, delta in weighted:
         np.multiply(delta, np.float32(weight) * _WEIGHT_UNIT, out=delta)
         np.add(g, delta, out=g)
@@ -150,8 +187,7 @@ def merge_chunk(
     np.add(new_v, g, out=new_v)
     step = np.multiply(new_v, mu)
     np.add(g, step, out=step)
-    np.multiply(step, eta, out=step)
-    return np.subtract(theta, step, out=step), new_v
+    return np.multiply(step, eta, out=step), new_v
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,18 +198,20 @@ class Removal:
     momentum: np.float32
 
 
-def unmerge_chunk(theta: Floats, v: Floats, removed: Iterable[tuple[Removal, Floats]]) -> tuple[Floats, Floats]:
-    """Return (theta, v) after deltas were taken out of one chunk; theta and v are not changed, the deltas are.
+def take_out(v: Floats, removed: Iterable[tuple[Removal, Floats]]) -> tuple[Floats, Floats]:
+    """Return (back, v): by how much the weights rise, and the momentum, when deltas are taken out of one chunk.
 
     Args:
-        removed: how much of each decoded delta to take out, in the order of their units.
+        v: the momentum; it is not changed.
+        removed: how much of each decoded delta to take out, in the order of their units; deltas are overwritten.
     """
+    back = np.zeros_like(v)
     for removal, delta in removed:
         part = np.multiply(delta, removal.momentum)
         v = np.subtract(v, part)
         np.multiply(delta, removal.weights, out=delta)
-        theta = np.add(theta, delta)
-    return theta, v
+        np.add(back, delta, out=back)
+    return back, v
 
 
 def normalise_weights(shares: Sequence[int], digests: Sequence[bytes]) -> tuple[int, ...]:
@@ -198,20 +236,28 @@ def normalise_weights(shares: Sequence[int], digests: Sequence[bytes]) -> tuple[
 class _Work:
     """A round's deltas: those that go in, by claim digest, and those that are taken out, by unit."""
 
-    outer: OuterConfig
+    rules: MergeRules
     merged: tuple[MergeInput, ...]
     removed: tuple[tuple[Removal, Container], ...]
 
 
-def _schema_of(inputs: Sequence[MergeInput], unmerge: Sequence[UnmergeInput], schema: Schema | None) -> Schema:
-    given = [item.container.schema for item in inputs] + [item.container.schema for item in unmerge]
-    if schema is not None:
-        given.append(schema)
-    if not given:
-        raise ValueError("a merge needs at least one delta, or the schema of those that it could have had")
-    if len({each.digest for each in given}) != 1:
-        raise ValueError("all deltas of a merge must have one schema")
-    return given[0]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sources:
+    """The state that a round starts from, opened; None stands for zeros."""
+
+    weights: TensorFile
+    momentum: TensorFile | None
+    residual: TensorFile | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Targets:
+    """Where the new state and the patch go."""
+
+    weights: TensorFileWriter
+    momentum: TensorFileWriter
+    residual: TensorFileWriter
+    patch: PatchWriter
 
 
 def _ordered(inputs: Sequence[MergeInput]) -> list[MergeInput]:
@@ -222,12 +268,12 @@ def _ordered(inputs: Sequence[MergeInput]) -> list[MergeInput]:
     return sorted(inputs, key=lambda item: item.claim_digest)
 
 
-def _ordered_removals(unmerge: Sequence[UnmergeInput], momentum_path: Path | None) -> list[UnmergeInput]:
+def _ordered_removals(unmerge: Sequence[UnmergeInput], base: OuterState) -> list[UnmergeInput]:
     if len({item.container.unit_id for item in unmerge}) != len(unmerge):
         raise ValueError("a unit's delta can be taken out only once")
     if any(not 0 <= item.weight <= WEIGHT_ONE or item.rounds_ago < 0 for item in unmerge):
         raise ValueError("what is taken out was merged with a weight from 0 to 1, 0 or more rounds ago")
-    if unmerge and momentum_path is None:
+    if unmerge and base.momentum is None:
         raise ValueError("nothing was merged before the first round that could be taken out")
     return sorted(unmerge, key=lambda item: item.container.unit_id)
 
@@ -247,29 +293,30 @@ def _removal(item: UnmergeInput, outer: OuterConfig) -> Removal:
     )
 
 
-def _require_tensors(file: TensorFile, schema: Schema, path: Path) -> None:
+def _open(path: Path, schema: Schema) -> TensorFile:
+    file = TensorFile.open(path)
     for spec in schema.tensors:
         found = file.shapes.get(spec.name)
         if found != spec.shape:
             raise CheckpointCorrupt(f"{path.name} has {spec.name} as {found}; the run's model says {spec.shape}.")
+    return file
 
 
-def _merge_tensor(
-    spec: TensorSpec,
-    base: TensorFile,
-    momentum: TensorFile | None,
-    work: _Work,
-    weights_out: TensorFileWriter,
-    momentum_out: TensorFileWriter,
-) -> None:
+def _merge_tensor(spec: TensorSpec, sources: _Sources, work: _Work, targets: _Targets) -> None:
     for start, stop in chunk_ranges(spec.num_elements):
-        theta = base.read(spec.name, start, stop)
-        v = np.zeros_like(theta) if momentum is None else momentum.read(spec.name, start, stop)
+        theta = sources.weights.read(spec.name, start, stop)
+        v = np.zeros_like(theta) if sources.momentum is None else sources.momentum.read(spec.name, start, stop)
+        left = np.zeros_like(theta) if sources.residual is None else sources.residual.read(spec.name, start, stop)
         removed = ((removal, container.decode(spec.name, start, stop)) for removal, container in work.removed)
-        theta, v = unmerge_chunk(theta, v, removed)
+        back, v = take_out(v, removed)
         weighted = ((item.weight, item.container.decode(spec.name, start, stop)) for item in work.merged)
-        new_theta, new_v = merge_chunk(theta, v, weighted, work.outer)
-        if not np.all(np.isfinite(new_theta)):
+        step, new_v = outer_step(v, weighted, work.rules.outer)
+        np.add(left, np.subtract(step, back, out=step), out=left)
+        rounded = round_step(left, work.rules.patch, spec.name)
+        np.subtract(theta, rounded.patch, out=theta)
+        if not np.all(np.isfinite(theta)):
             raise DeltaNotFinite(f"The merge would make {spec.name} infinite or NaN; the round cannot be published so.")
-        weights_out.write(spec.name, new_theta)
-        momentum_out.write(spec.name, new_v)
+        targets.weights.write(spec.name, theta)
+        targets.momentum.write(spec.name, new_v)
+        targets.residual.write(spec.name, rounded.residual)
+        targets.patch.write(rounded)

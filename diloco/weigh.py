@@ -23,13 +23,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from diloco.codec import ZERO_CODE, ZERO_PAIR, CodecConfig, Codes, Scales, bf16_to_f32, chunk_ranges
+from diloco.codec import CodecConfig, Scales, bf16_to_f32, chunk_ranges
 from diloco.container import Container, data_starts
+from diloco.packing import CELL, Signed
 from diloco.schema import Schema
 from diloco.streams import Stream
 from diloco.tables import Floats
 
-ROW: Final = 1024
+ROW: Final = CELL
 """Elements of a row, and buckets of a sketch."""
 RUN: Final = 4
 """Rows that are drawn, and read, together: reading less at once costs more than it saves."""
@@ -40,10 +41,7 @@ _ROWS_PER_RATE: Final = 512
 GROUP_RUNS: Final = 16
 _GROUP: Final = GROUP_RUNS * RUN
 """Runs, and most rows, that are added up under one rotation."""
-_ROW_BYTES: Final = ROW // 2
 _LEVELS: Final = 32_767
-_EXACT_BLOCK: Final = 512
-"""Elements whose squared codes, at most 49 each, are added up in 16 bits."""
 _CHUNK: Final = 1 << 18
 """Elements whose codes are squared at once; a multiple of every block size."""
 
@@ -79,7 +77,8 @@ def weigh_delta(container: Container, seed: bytes) -> Weighing:
     energies, loudnesses = [], []
     for group in plan.groups:
         steps_RK = bf16_to_f32(np.bitwise_xor(scales[group.scales_rk], group.signs_r[:, None]))
-        signed_RB = _signed_codes(_group_codes(container, group), plan.table_rb)
+        signed_RB = _group_codes(container, group)
+        np.multiply(signed_RB, plan.table_rb[: group.rows], out=signed_RB)
         energies.append(_energy(signed_RB, steps_RK))
         loudnesses.append(_loudness(steps_RK, group.elements_rk))
         total = _sum_of_rows(_decoded(signed_RB, steps_RK))
@@ -98,41 +97,36 @@ def weighing_sketch(container: Container, seed: bytes) -> Floats:
     return weigh_delta(container, seed).sketch
 
 
-def _group_codes(container: Container, group: "_Group") -> Codes:
-    codes = np.full(group.rows * _ROW_BYTES, ZERO_PAIR, dtype=np.uint8)
-    for place, part in zip(group.places, container.parts(*group.spans), strict=True):
-        codes[place : place + part.size] = part
-    return codes.reshape(-1, _ROW_BYTES)
+def _group_codes(container: Container, group: "_Group") -> Signed:
+    """Return the codes of a group's rows, int8[r, 1024]; what is short in a tensor's last row is zero."""
+    parts = container.parts(*group.spans)
+    packing = container.codec.packing
+    if group.whole:
+        return packing.unpack(np.concatenate(parts), group.rows * ROW).reshape(-1, ROW)
+    codes = np.zeros(group.rows * ROW, dtype=np.int8)
+    for first, elements, part in zip(group.first_rows, group.run_elements, parts, strict=True):
+        codes[first * ROW : first * ROW + elements] = packing.unpack(part, elements)
+    return codes.reshape(-1, ROW)
 
 
-def _signed_codes(codes_RH: Codes, table_RB: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
-    """Return codes from -7 to 7 times the table's signs, int8[r, 1024]: in each row all low halves, then all high ones.
-
-    The order within a row makes no difference to what a sketch is for, and so the halves need not be put back in turn.
-    """
-    stored = np.empty((len(codes_RH), ROW), dtype=np.uint8)
-    np.bitwise_and(codes_RH, np.uint8(15), out=stored[:, :_ROW_BYTES])
-    np.right_shift(codes_RH, np.uint8(4), out=stored[:, _ROW_BYTES:])
-    signed = stored.view(np.int8)
-    np.subtract(signed, np.int8(ZERO_CODE), out=signed)
-    np.multiply(signed, table_RB[: len(signed)], out=signed)
-    return signed
-
-
-def _decoded(signed_RB: npt.NDArray[np.int8], steps_RK: Floats) -> Floats:
-    """Return fp32[r, 1024]; products of a 3-bit integer and a scale of 8 significant bits are exact."""
+def _decoded(signed_RB: Signed, steps_RK: Floats) -> Floats:
+    """Return fp32[r, 1024]; products of a 7-bit integer and a scale of 8 significant bits are exact."""
     values: Floats = signed_RB.astype(np.float32)
-    blockwise = values.reshape(len(values), 2, steps_RK.shape[1], -1)
-    np.multiply(blockwise, steps_RK[:, None, :, None], out=blockwise)
+    blockwise = values.reshape(*steps_RK.shape, -1)
+    np.multiply(blockwise, steps_RK[:, :, None], out=blockwise)
     return values
 
 
-def _energy(signed_RB: npt.NDArray[np.int8], steps_RK: Floats) -> float:
+def _energy(signed_RB: Signed, steps_RK: Floats) -> float:
     """Return the sum of squares of decoded rows."""
-    squares = np.multiply(signed_RB, signed_RB)
-    pairs = np.add(squares[:, :_ROW_BYTES], squares[:, _ROW_BYTES:]).view(np.uint8)  # at most 98
-    sums = np.add.reduce(pairs.reshape(*steps_RK.shape, -1), axis=2, dtype=np.uint16)
-    return _loudness(steps_RK, sums)
+    return _loudness(steps_RK, _sums_of_squares(signed_RB.reshape(*steps_RK.shape, -1)))
+
+
+def _sums_of_squares(numbers: Signed) -> npt.NDArray[np.uint32]:
+    """Return the sums over the last axis, of at most 65,536 numbers: whole, and below 2^31."""
+    squares = np.multiply(numbers, numbers, dtype=np.int16).view(np.uint16)
+    sums: npt.NDArray[np.uint32] = np.add.reduce(squares, axis=-1, dtype=np.uint32)
+    return sums
 
 
 def _loudness(steps: Floats, counts: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]) -> float:
@@ -170,7 +164,8 @@ def delta_norm2(container: Container) -> float:
     for spec in container.schema.tensors:
         for start, stop in chunk_ranges(spec.num_elements, _CHUNK):
             codes, scales = container.coded(spec.name, start, stop)
-            squares = _block_squares(codes, stop - start, block).astype(np.float64)
+            numbers = container.codec.packing.unpack(codes, stop - start)
+            squares = _block_squares(numbers, block).astype(np.float64)
             steps = bf16_to_f32(scales).astype(np.float64)
             np.multiply(squares, steps, out=squares)
             np.multiply(squares, steps, out=squares)
@@ -182,14 +177,17 @@ def delta_norm2(container: Container) -> float:
 class _Group:
     """Up to 16 runs, and what is done to them.
 
-    spans: where each run's codes lie in a container's data section. places: where they go, in bytes of the group.
+    spans: where each run's codes lie in a container's data section. first_rows, run_elements: where they go, and how
+        many they are. whole: no row is short.
     scales_rk: which scales each row has, counted over all tensors; the one after the last stands for none.
     signs_r: 0 or the sign bit of a bf16 scale. rotation: in places.
     """
 
     rows: int
     spans: tuple[tuple[int, int], ...]
-    places: tuple[int, ...]
+    first_rows: tuple[int, ...]
+    run_elements: tuple[int, ...]
+    whole: bool
     scales_rk: npt.NDArray[np.intp]
     elements_rk: npt.NDArray[np.uint16]
     signs_r: npt.NDArray[np.uint16]
@@ -237,7 +235,7 @@ def _plan(schema: Schema, codec: CodecConfig, seed: bytes) -> _Plan:
     elements = _elements(schema, codec)
     return _Plan(
         groups=tuple(
-            _group(members, signs[number], int(rotations[number]), codec.block, elements.size - 1)
+            _group(members, signs[number], int(rotations[number]), codec, elements.size - 1)
             for number, members in enumerate(groups)
         ),
         table_rb=np.subtract(1, table.astype(np.int8) * np.int8(2)).reshape(_GROUP, ROW),
@@ -251,12 +249,16 @@ def _runs(schema: Schema, codec: CodecConfig) -> Iterator[_Run]:
     for spec in schema.tensors:
         for start, stop in chunk_ranges(spec.num_elements, RUN * ROW):
             first = scales + start // codec.block
-            yield _Run(codes=starts[f"{spec.name}.codes"] + start // 2, scales=first, elements=stop - start)
+            codes = starts[f"{spec.name}.codes"] + codec.packing.num_bytes(start)
+            yield _Run(codes=codes, scales=first, elements=stop - start)
         scales += codec.num_blocks(spec.num_elements)
 
 
-def _group(members: Sequence[_Run], signs: npt.NDArray[np.uint8], rotation: int, block: int, nothing: int) -> _Group:
+def _group(
+    members: Sequence[_Run], signs: npt.NDArray[np.uint8], rotation: int, codec: CodecConfig, nothing: int
+) -> _Group:
     rows = [run.rows for run in members]
+    block, packing = codec.block, codec.packing
     piece = min(block, ROW)  # what has one scale and is of one row
     scales_RK = np.full((sum(rows), ROW // piece), nothing, dtype=np.intp)
     elements_RK = np.zeros(scales_RK.shape, dtype=np.uint16)
@@ -268,8 +270,10 @@ def _group(members: Sequence[_Run], signs: npt.NDArray[np.uint8], rotation: int,
         elements_RK[first:].reshape(-1)[: offsets.size] = np.minimum(piece, run.elements - offsets)
     return _Group(
         rows=sum(rows),
-        spans=tuple((run.codes, -(-run.elements // 2)) for run in members),
-        places=tuple(first * _ROW_BYTES for first in first_rows),
+        spans=tuple((run.codes, packing.num_bytes(run.elements)) for run in members),
+        first_rows=tuple(first_rows),
+        run_elements=tuple(run.elements for run in members),
+        whole=all(run.elements % ROW == 0 for run in members),
         scales_rk=scales_RK,
         elements_rk=elements_RK,
         signs_r=np.left_shift(signs[: sum(rows)], 15, dtype=np.uint16),
@@ -311,21 +315,12 @@ def _sum_of_rows(rows_RB: Floats) -> Floats:
     return total
 
 
-def _block_squares(codes: Codes, elements: int, block: int) -> npt.NDArray[np.uint32]:
-    """Return each block's sum of squared codes; `codes` starts at the boundary of a block."""
-    low = np.bitwise_and(codes, np.uint8(15))
-    high = np.right_shift(codes, np.uint8(4))
-    for halves in (low, high):
-        np.subtract(halves, np.uint8(ZERO_CODE), out=halves)
-        np.multiply(halves, halves, out=halves)  # modulo 256, where a square of -7 to 7 is right
-    np.add(low, high, out=low)
-    size = -(-elements // block) * (block // 2)
-    if low.size < size:
-        low = np.concatenate([low, np.zeros(size - low.size, dtype=np.uint8)])
-    part = min(block, _EXACT_BLOCK) // 2
-    sums = np.add.reduce(low.reshape(-1, part), axis=1, dtype=np.uint16)
-    total: npt.NDArray[np.uint32] = np.add.reduce(sums.reshape(size // (block // 2), -1), axis=1, dtype=np.uint32)
-    return total
+def _block_squares(numbers: Signed, block: int) -> npt.NDArray[np.uint32]:
+    """Return each block's sum of squared codes."""
+    size = -(-numbers.size // block) * block
+    if numbers.size < size:
+        numbers = np.concatenate([numbers, np.zeros(size - numbers.size, dtype=np.int8)])
+    return _sums_of_squares(numbers.reshape(-1, block))
 
 
 def _fixed_sum(values: npt.NDArray[np.float64]) -> float:

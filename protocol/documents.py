@@ -211,10 +211,25 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codec:
-    """How deltas are coded on their way up."""
+    """How deltas are coded on their way up: `levels` 1 is ternary, 127 eight bits; `block` elements share a scale.
 
-    kind: Literal["dither4"]
+    `reach` (of the largest code, in mean magnitudes of a block) and `width` (of the dither, in scales) count in 2^-8.
+    """
+
+    kind: Literal["dither"]
+    levels: Annotated[int, Field(ge=1, le=127)]
     block: Annotated[int, Field(ge=16, le=65_536)]
+    reach: Annotated[int, Field(ge=256, le=16_384)]
+    width: Annotated[int, Field(ge=0, le=256)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """How the outer step is coded on its way down: `threshold` counts in 2^-8 of a block's mean magnitude."""
+
+    kind: Literal["dead-zone"]
+    block: Annotated[int, Field(ge=16, le=65_536)]
+    threshold: Annotated[int, Field(ge=1, le=1_024)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,7 +300,7 @@ class RunConfig:
     """
 
     TYPE: ClassVar[str] = _media_type("run-config")
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
     name: ShortText
     numerics: Count
     verification: Verification
@@ -296,6 +311,7 @@ class RunConfig:
     data: DataSet
     training: Training
     codec: Codec
+    patch: Patch
     outer: OuterStep
     rounds: Rounds
     genesis_sha256: Hex32
@@ -511,14 +527,17 @@ class Manifest:
     """A published checkpoint, complete: what went in, with which weights, and every file that came out.
 
     `weigh_seed` is the seed of the sketches that the weights follow from; None where no sketch weighed anything.
+    `snapshot` is the newest checkpoint up to this one whose whole state is kept for ever. Of others only the patch is,
+    which leads from the weights of the checkpoint before to theirs.
     Holds no time, so that publishing again after a crash gives the same bytes.
     """
 
     TYPE: ClassVar[str] = _media_type("manifest")
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
     run: Hex32
     config_sha256: Hex32
     checkpoint: Count
+    snapshot: Count
     previous_manifest_sha256: Hex32 | None
     outer: OuterStep
     weigh_seed: Hex32 | None

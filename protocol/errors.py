@@ -259,6 +259,12 @@ class DeltaOversized(BytesRefused):
     code = "DELTA_OVERSIZED"
 
 
+class DeltaStreamCorrupt(BytesRefused):
+    """The delta's compressed stream does not unpack to what the run's schema implies."""
+
+    code = "DELTA_STREAM_CORRUPT"
+
+
 class DeltaSchemaMismatch(BytesRefused):
     """The delta's header is not the one that the run's schema, codec and unit imply."""
 
@@ -315,6 +321,12 @@ class Unreachable(TryLater):
     """The coordinator could not be reached; finished work is kept on disk and sent when it answers again."""
 
     code = "UNREACHABLE"
+
+
+class NotServed(Unreachable):
+    """The public site answers, and has no such file: not yet, or not any more."""
+
+    code = "NOT_SERVED"
 
 
 class AnswerInvalid(TryLater):

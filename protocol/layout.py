@@ -13,10 +13,20 @@ CALIBRATION: Final = "calibration.json"
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "transformer/diffusion_pytorch_model.safetensors"
 MOMENTUM: Final = "state/momentum.safetensors"
+RESIDUAL: Final = "state/residual.safetensors"
+PATCH: Final = "patch.safetensors.zst"
+"""What leads from the weights of the checkpoint before to a checkpoint's own."""
+
+STATE: Final = (WEIGHTS, MOMENTUM, RESIDUAL)
+"""A round's whole state: what the next one starts from, each as large as the model in fp32."""
 
 ROLE_DELTA: Final = "delta"
 ROLE_WEIGHTS: Final = "weights"
 ROLE_MOMENTUM: Final = "momentum"
+ROLE_RESIDUAL: Final = "residual"
+
+
+STATE_ROLES: Final = {WEIGHTS: ROLE_WEIGHTS, MOMENTUM: ROLE_MOMENTUM, RESIDUAL: ROLE_RESIDUAL}
 
 
 def checkpoint_directory(checkpoint: int) -> str:
@@ -31,7 +41,7 @@ def shard_path(sha256: str) -> str:
 
 def delta_path(sha256: str) -> str:
     """Return the path of a merged delta, by the SHA-256 of its file."""
-    return f"deltas/{sha256}.safetensors"
+    return f"deltas/{sha256}.safetensors.zst"
 
 
 def log_path(checkpoint: int) -> str:

@@ -18,18 +18,24 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from diloco.codec import DITHER_GROUP, ZERO_PAIR, Codes, EncodedDelta, Scales, bf16_to_f32, chunk_ranges
+from diloco.codec import (
+    DITHER_GROUP,
+    SMALLEST_MEAN,
+    CodecConfig,
+    EncodedDelta,
+    Scales,
+    bf16_to_f32,
+    chunk_ranges,
+    dither,
+)
 from diloco.container import Container
 from diloco.streams import Stream
 from diloco.tables import Floats
 from protocol.documents import Verification
 
-_SLACK: Final = 2.0**-19
-"""In units of a scale: how far the encoder's fp32 roundings of x / scale + u may move the edge of an interval."""
-_SILENT: Final = 2.0**-100
-"""The encoder writes a block below this as zero."""
-_LEVELS: Final = 7.0
-
+_SLACK: Final = 2.0**-18
+"""In units of a scale: how far the encoder's fp32 roundings of x / scale + u may move the edge of an interval, with 64
+levels and more; with fewer it is less. And how far, of itself, those of a mean may move it."""
 _Reals = npt.NDArray[np.float64]
 
 
@@ -84,9 +90,9 @@ def sketch_difference(a: Floats, b: Floats) -> float:
 def least_raw_difference(theirs: Container, raw: Mapping[str, Floats], seed: bytes) -> float:
     """Return |x - raw| / |raw| for the delta x nearest to `raw` that would be encoded to exactly the codes of `theirs`.
 
-    Each element of x is confined by its code, its scale and its dither; and in each block one element must be large
-    enough for the block's scale. Where no element's code allows that, no encoder wrote the block: then the element that
-    is nearest to it counts as moved there, whatever its code. Always finite.
+    Each element of x is confined by its code, its scale and its dither. And each block's mean magnitude is confined by
+    its scale: to move a mean of n magnitudes by c takes a distance of at least c times the root of n. Of a block the
+    larger of the two distances counts, so it is a lower bound, which an honest delta is never above. Always finite.
 
     Args:
         theirs: must have passed `check_finite`.
@@ -94,25 +100,29 @@ def least_raw_difference(theirs: Container, raw: Mapping[str, Floats], seed: byt
         seed: the unit's 32-byte seed.
     """
     stream = Stream(seed, "dither")
-    block = theirs.codec.block
+    codec = theirs.codec
+    block = codec.block
     distance2, norm2 = [], []
     for index, spec in enumerate(theirs.schema.tensors):
         flat = np.ascontiguousarray(raw[spec.name]).reshape(-1).astype(np.float64)
         for group, (start, stop) in enumerate(chunk_ranges(spec.num_elements, DITHER_GROUP)):
             codes, scales = theirs.coded(spec.name, start, stop)
             size = scales.size * block
-            dither = (stream.u16(index, group, size).astype(np.float64) + 0.5) * 2.0**-16
-            raw_GB = _padded(flat[start:stop], size).reshape(-1, block)
-            code_GB = _unpacked(codes, size).reshape(-1, block)
-            inside = _padded(np.ones(stop - start), size).reshape(-1, block) > 0.0
-            distance2.append(_group_distance2(raw_GB, code_GB, scales, dither.reshape(-1, block), inside))
-            norm2.append(float(np.sum(raw_GB**2)))
+            numbers = codec.packing.unpack(codes, stop - start).astype(np.float64)
+            blocks = _Group(
+                raw=_padded(flat[start:stop], size).reshape(-1, block),
+                codes=_padded(numbers, size).reshape(-1, block),
+                dither=dither(stream, index, group, size, codec.width).astype(np.float64).reshape(-1, block),
+                inside=_padded(np.ones(stop - start), size).reshape(-1, block) > 0.0,
+            )
+            distance2.append(_group_distance2(blocks, scales, codec))
+            norm2.append(float(np.sum(blocks.raw**2)))
     return math.sqrt(_relative(math.fsum(distance2), math.fsum(norm2)))
 
 
 def _relative(distance2: float, norm2: float) -> float:
     # A delta of zeros has no scale to measure by; the smallest that the codec knows keeps the ratio finite.
-    return distance2 / max(norm2, _SILENT**2)
+    return distance2 / max(norm2, float(SMALLEST_MEAN) ** 2)
 
 
 def _padded(values: _Reals, size: int) -> _Reals:
@@ -123,48 +133,47 @@ def _padded(values: _Reals, size: int) -> _Reals:
     return longer
 
 
-def _unpacked(codes: Codes, size: int) -> _Reals:
-    """Return the codes, -7 to 7, filled up with zeros."""
-    pairs = np.full(size // 2, ZERO_PAIR, dtype=np.uint8)
-    pairs[: codes.size] = codes
-    return np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1).astype(np.float64) - 8.0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Blocks of a tensor, [G, block]: the referee's raw values, the claimed codes, the dither, what is no filling."""
+
+    raw: _Reals
+    codes: _Reals
+    dither: _Reals
+    inside: npt.NDArray[np.bool_]
 
 
-def _group_distance2(
-    raw_GB: _Reals, code_GB: _Reals, scales: Scales, dither_GB: _Reals, inside_GB: npt.NDArray[np.bool_]
-) -> float:
-    """Return the squared distance from `raw_GB` to the nearest values that would have been encoded to these blocks."""
+def _group_distance2(group: _Group, scales: Scales, codec: CodecConfig) -> float:
+    """Return the squared distance from the raw values to the nearest ones that would have been encoded to the codes."""
+    levels = float(codec.levels)
     steps_G = bf16_to_f32(scales).astype(np.float64)[:, None]
-    # floor(x / s + u) = q confines x to [(q - u) s, (q + 1 - u) s); the block's largest magnitude is at most 7 s.
-    most_G = _LEVELS * (1.0 + _SLACK) * steps_G
-    low_GB = np.maximum((code_GB - dither_GB - _SLACK) * steps_G, -most_G)
-    high_GB = np.minimum((code_GB + 1.0 - dither_GB + _SLACK) * steps_G, most_G)
-    silent_G = steps_G == 0.0
-    low_GB = np.where(inside_GB, np.where(silent_G, -_SILENT, low_GB), 0.0)
-    high_GB = np.where(inside_GB, np.where(silent_G, _SILENT, high_GB), 0.0)
-    nearest_GB = np.clip(raw_GB, low_GB, high_GB)
-    cost_GB = (nearest_GB - raw_GB) ** 2
-    # The scale is the smallest bf16 that is at least largest / 7: some element lies above 7 times the bf16 before it.
-    needed_G = np.where(silent_G, 0.0, _LEVELS * (1.0 - _SLACK) * _bf16_before(scales)[:, None])
-    short = np.flatnonzero(np.max(np.abs(nearest_GB), axis=1) < needed_G[:, 0])
-    extra = [
-        _reach_cost(raw_GB[i], cost_GB[i], low_GB[i], high_GB[i], float(needed_G[i, 0]), inside_GB[i]) for i in short
-    ]
-    return float(np.sum(cost_GB)) + math.fsum(extra)
+    # floor(x / s + u) = q confines x to [(q - u) s, (q + 1 - u) s); the largest codes stand for all that is beyond.
+    edge_GB = group.codes - group.dither
+    low_GB = np.where(group.codes <= -levels, -np.inf, (edge_GB - _SLACK) * steps_G)
+    high_GB = np.where(group.codes >= levels, np.inf, (edge_GB + 1.0 + _SLACK) * steps_G)
+    # Where the mean is next to nothing, so is every element.
+    silent_GB = np.broadcast_to(steps_G == 0.0, group.raw.shape)
+    least = float(SMALLEST_MEAN) * codec.block
+    low_GB[silent_GB], high_GB[silent_GB] = -least, least
+    low_GB[~group.inside], high_GB[~group.inside] = -np.inf, np.inf
+    by_codes_G = np.sum((np.clip(group.raw, low_GB, high_GB) - group.raw) ** 2, axis=1)
+    return math.fsum(np.maximum(by_codes_G, _by_means(group, scales, codec)).tolist())
 
 
-def _bf16_before(scales: Scales) -> _Reals:
-    before = np.where(scales > 0, scales, 1).astype(np.uint16) - np.uint16(1)
-    return bf16_to_f32(before).astype(np.float64)
+def _by_means(group: _Group, scales: Scales, codec: CodecConfig) -> _Reals:
+    """Return the squared distance of each block to the nearest values whose mean magnitude gives its scale."""
+    count_G = np.sum(group.inside, axis=1)
+    mean_G = np.sum(np.abs(group.raw), axis=1) / count_G
+    share = float(codec.share)
+    low_G = np.maximum(bf16_to_f32(_before(scales)).astype(np.float64) / share, float(SMALLEST_MEAN))
+    high_G = bf16_to_f32(scales).astype(np.float64) / share
+    silent_G = scales == 0
+    low_G[silent_G], high_G[silent_G] = 0.0, float(SMALLEST_MEAN)
+    nearest_G = np.clip(mean_G, low_G * (1.0 - _SLACK), high_G * (1.0 + _SLACK))
+    distance2_G: _Reals = (nearest_G - mean_G) ** 2 * count_G
+    return distance2_G
 
 
-def _reach_cost(
-    raw_B: _Reals, cost_B: _Reals, low_B: _Reals, high_B: _Reals, needed: float, inside_B: npt.NDArray[np.bool_]
-) -> float:
-    """Return the least extra squared distance for one element of a block to have the magnitude that its scale needs."""
-    upward = np.where(inside_B & (high_B >= needed), (needed - raw_B) ** 2 - cost_B, np.inf)
-    downward = np.where(inside_B & (low_B <= -needed), (-needed - raw_B) ** 2 - cost_B, np.inf)
-    least = min(float(np.min(upward)), float(np.min(downward)))
-    if math.isinf(least):
-        least = float(np.min(np.where(inside_B, (needed - np.abs(raw_B)) ** 2 - cost_B, np.inf)))
-    return max(0.0, least)
+def _before(scales: Scales) -> Scales:
+    """Return the bf16 before each scale; of zero, the smallest."""
+    return np.where(scales > 0, scales, 1).astype(np.uint16) - np.uint16(1)

@@ -14,26 +14,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from diloco.codec import (
-    DITHER_GROUP,
-    ZERO_CODE,
-    CodecConfig,
-    Codes,
-    EncodedDelta,
-    Scales,
-    bf16_to_f32,
-    chunk_ranges,
-    encode,
-)
+from diloco.codec import DITHER_GROUP, CodecConfig, EncodedDelta, Scales, bf16_to_f32, chunk_ranges, dither, encode
+from diloco.packing import Packed
 from diloco.schema import Schema
 from diloco.streams import Stream
 from diloco.tables import Floats
 
-_LEVELS: Final = 7
 _EXPONENT: Final = np.uint16(1 << 7)
 """Added to the bits of a bf16, it doubles the number."""
-_LARGEST_SHARE: Final = 1.0 - 2.0**-6
-"""Above this share of 7 scales an element may be the one that its block's scale follows from."""
 _HALVINGS: Final = 20
 _TINY: Final = 1e-300
 
@@ -81,15 +69,14 @@ def hide(
         seed: the unit's seed, which the dither comes from.
     """
     honest = encode(own, schema, codec, seed)
-    codes, steps, dither = _flat(honest, seed)
+    codes, steps, uniform = _flat(honest, seed)
     x = _joined(own, schema)
     wanted = np.sign(_joined(direction, schema)).astype(np.int64)
     moved = codes + wanted
     # Distance from x to the interval of the next code: floor(x / s + u) = q confines x to [(q - u) s, (q + 1 - u) s).
-    edge = np.where(wanted > 0, moved - dither, moved + 1.0 - dither) * steps
+    edge = np.where(wanted > 0, moved - uniform, moved + 1.0 - uniform) * steps
     gain = steps * np.abs(_joined(direction, schema))
-    # The element that a block's scale was made for must stay: without it no encoder would have chosen that scale.
-    gain[(np.abs(moved) > _LEVELS) | (np.abs(x) >= _LARGEST_SHARE * _LEVELS * steps)] = 0.0
+    gain[np.abs(moved) > codec.levels] = 0.0
     decoded2 = float(np.sum((codes * steps) ** 2))
     chosen = _best(
         gain,
@@ -109,10 +96,10 @@ def encode_coarsely(
         for name, scales in honest.scales.items()
     }
     widened = EncodedDelta(schema=schema, codec=codec, codes=honest.codes, scales=coarse)
-    _, steps, dither = _flat(widened, seed)
+    _, steps, uniform = _flat(widened, seed)
     safe = np.where(steps == 0, 1.0, steps)
-    codes = np.where(steps == 0, 0, np.floor(_joined(own, schema) / safe + dither)).astype(np.int64)
-    return _with_codes(widened, codes)
+    codes = np.where(steps == 0, 0, np.floor(_joined(own, schema) / safe + uniform))
+    return _with_codes(widened, np.clip(codes, -codec.levels, codec.levels).astype(np.int64))
 
 
 def _best(gain: _Reals, raw: _Spending, code: _Spending) -> npt.NDArray[np.bool_]:
@@ -153,20 +140,18 @@ def _affordable(gain: _Reals, raw: _Spending, code: _Spending, share: float) -> 
 
 
 def _flat(encoded: EncodedDelta, seed: bytes) -> tuple[_Whole, _Reals, _Reals]:
-    """Return code (-7 to 7), scale and dither (0 to 1) of every element, tensor after tensor."""
+    """Return code, scale and dither (0 to 1) of every element, tensor after tensor."""
     stream = Stream(seed, "dither")
-    block = encoded.codec.block
-    codes, steps, dither = [], [], []
+    packing, block = encoded.codec.packing, encoded.codec.block
+    codes, steps, uniform = [], [], []
     for index, spec in enumerate(encoded.schema.tensors):
         size = spec.num_elements
-        pairs = encoded.codes[spec.name]
-        codes.append(np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)[:size].astype(np.int64) - ZERO_CODE)
+        codes.append(packing.unpack(encoded.codes[spec.name], size).astype(np.int64))
         steps.append(np.repeat(bf16_to_f32(encoded.scales[spec.name]).astype(np.float64), block)[:size])
         for group, (start, stop) in enumerate(chunk_ranges(size, DITHER_GROUP)):
             padded = encoded.codec.num_blocks(stop - start) * block
-            drawn = stream.u16(index, group, padded)[: stop - start]
-            dither.append((drawn.astype(np.float64) + 0.5) * 2.0**-16)
-    return np.concatenate(codes), np.concatenate(steps), np.concatenate(dither)
+            uniform.append(dither(stream, index, group, padded, encoded.codec.width)[: stop - start].astype(np.float64))
+    return np.concatenate(codes), np.concatenate(steps), np.concatenate(uniform)
 
 
 def _joined(delta: Mapping[str, Floats], schema: Schema) -> _Reals:
@@ -174,12 +159,10 @@ def _joined(delta: Mapping[str, Floats], schema: Schema) -> _Reals:
 
 
 def _with_codes(encoded: EncodedDelta, codes: _Whole) -> EncodedDelta:
-    packed: dict[str, Codes] = {}
+    packed: dict[str, Packed] = {}
     scales: dict[str, Scales] = dict(encoded.scales)
     start = 0
     for spec in encoded.schema.tensors:
-        stored = np.full(spec.num_elements + spec.num_elements % 2, ZERO_CODE, dtype=np.uint8)
-        stored[: spec.num_elements] = codes[start : start + spec.num_elements] + ZERO_CODE
-        packed[spec.name] = (stored[0::2] | (stored[1::2] << 4)).astype(np.uint8)
+        packed[spec.name] = encoded.codec.packing.pack(codes[start : start + spec.num_elements].astype(np.int8))
         start += spec.num_elements
     return EncodedDelta(schema=encoded.schema, codec=encoded.codec, codes=packed, scales=scales)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from diloco.container import Container
 from diloco.determinism import selftest
-from diloco.merge import MergeInput, MergeResult, UnmergeInput, merge_round
+from diloco.merge import MergeFiles, MergeInput, MergeResult, OuterState, UnmergeInput, merge_round
+from diloco.patch import open_patch
 from diloco.weigh import weigh_delta
 from mmdit.export import CONFIG_PATH, DESCRIPTION_PATH, SCHEDULER_PATH, write_description
 from protocol import layout
@@ -40,8 +41,9 @@ from verify.replay import (
     codec_config,
     conditioning_config,
     delta_schema,
+    merge_rules,
     model_config,
-    outer_config,
+    patch_config,
     pixel_space,
 )
 from verify.weights import Candidate, merge_weights
@@ -75,14 +77,6 @@ class RebuildReport:
     directory: Path
     without: Digest | None = None
     left_out: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _State:
-    """The files that a round starts from."""
-
-    weights: Path
-    momentum: Path | None
 
 
 def rebuild(
@@ -194,30 +188,44 @@ def _reach(public: Path, manifests: Sequence[Manifest]) -> int:
     return 0
 
 
-def _genesis(public: Path, manifest: Manifest, config: RunConfig) -> _State:
+def _genesis(public: Path, manifest: Manifest, config: RunConfig) -> OuterState:
     directory = public / layout.checkpoint_directory(0)
     if _weights_sha256(manifest) != config.genesis_sha256:
         raise RebuildDiffers("Checkpoint 0 does not hold the first weights that the run config names.")
-    files = {role: manifest.state_file(role) for role in (layout.ROLE_WEIGHTS, layout.ROLE_MOMENTUM)}
-    if files[layout.ROLE_MOMENTUM] is not None:
-        raise RebuildDiffers("Checkpoint 0 starts with a momentum; a run starts from rest.")
-    weights = files[layout.ROLE_WEIGHTS]
+    weights = manifest.state_file(layout.ROLE_WEIGHTS)
     assert weights is not None  # it has a digest
+    if len(manifest.state) != 1:
+        raise RebuildDiffers("Checkpoint 0 starts with a momentum or a residual; a run starts from rest.")
     check_file(directory, weights)
-    return _State(weights=directory / weights.path, momentum=None)
+    return OuterState(
+        weights=directory / weights.path,
+        weights_sha256=bytes.fromhex(weights.sha256),
+        momentum=None,
+        residual=None,
+    )
 
 
-def _published(public: Path, manifest: Manifest) -> _State:
+def _published(public: Path, manifest: Manifest) -> OuterState:
     """Return a checkpoint's state as it was published, every byte as signed."""
     directory = public / layout.checkpoint_directory(manifest.checkpoint)
     paths = {}
-    for role in (layout.ROLE_WEIGHTS, layout.ROLE_MOMENTUM):
+    for role in layout.STATE_ROLES.values():
         entry = manifest.state_file(role)
         if entry is None:
             raise RebuildDiffers(f"Checkpoint {manifest.checkpoint} was published without its {role}.")
+        if manifest.snapshot != manifest.checkpoint and not (directory / entry.path).exists():
+            raise UsageError(
+                f"Of checkpoint {manifest.checkpoint} only the patch is kept; begin from {manifest.snapshot}, "
+                "whose whole state is."
+            )
         check_file(directory, entry)
         paths[role] = directory / entry.path
-    return _State(weights=paths[layout.ROLE_WEIGHTS], momentum=paths[layout.ROLE_MOMENTUM])
+    return OuterState(
+        weights=paths[layout.ROLE_WEIGHTS],
+        weights_sha256=bytes.fromhex(_weights_sha256(manifest)),
+        momentum=paths[layout.ROLE_MOMENTUM],
+        residual=paths[layout.ROLE_RESIDUAL],
+    )
 
 
 class _Rounds:
@@ -231,37 +239,55 @@ class _Rounds:
         self._weights: dict[str, int] = {}
         """Of each claim merged here: what is taken out of a what-if was merged with another weight than in the run."""
 
-    def merge(self, manifest: Manifest, state: _State, *, last: int) -> tuple[RebuiltRound, _State]:
+    def merge(self, manifest: Manifest, state: OuterState, *, last: int) -> tuple[RebuiltRound, OuterState]:
         """Merge one round into `state`; compare it with its manifest unless a member is left out."""
         place = _workplace(self._out, manifest.checkpoint)
         place.mkdir(parents=True)
-        made = _State(weights=place / "weights.safetensors", momentum=place / "momentum.safetensors")
-        assert made.momentum is not None
+        made = MergeFiles(
+            weights=place / "weights.safetensors",
+            momentum=place / "momentum.safetensors",
+            residual=place / "residual.safetensors",
+            patch=place / "patch.safetensors.zst",
+        )
         entries = [entry for entry in manifest.merged if entry.member != self._without]
         containers = {entry.claim: self._container(entry) for entry in _entries(manifest, self._without)}
         weights = self._weigh(manifest, entries, containers)
         result = merge_round(
-            state.weights,
-            state.momentum,
+            state,
             [
                 MergeInput(claim_digest=bytes.fromhex(claim), container=containers[claim], weight=weight)
                 for claim, weight in weights.items()
             ],
-            outer_config(self._config),
-            made.weights,
-            made.momentum,
+            merge_rules(self._config),
+            made,
             unmerge=self._removals(manifest, containers),
-            schema=delta_schema(self._config),
         )
         if self._without is None:
             _compare(manifest, result)
+            self._compare_patch(manifest, state, made.patch)
         rebuilt = RebuiltRound(
             checkpoint=manifest.checkpoint,
             last=last,
             deltas=len(entries),
             weights_sha256=Digest(result.weights.sha256.hex()),
         )
-        return rebuilt, made
+        return rebuilt, OuterState(
+            weights=made.weights,
+            weights_sha256=result.weights.sha256,
+            momentum=made.momentum,
+            residual=made.residual,
+        )
+
+    def _compare_patch(self, manifest: Manifest, state: OuterState, ours: Path) -> None:
+        """A published patch must lead to the published weights, or volunteers could not follow."""
+        published = self._public / layout.checkpoint_directory(manifest.checkpoint) / layout.PATCH
+        if not published.exists():
+            return  # a mirror of the deltas and manifests alone
+        check_file(published.parent, manifest.file(layout.PATCH))
+        schema, rules = delta_schema(self._config), patch_config(self._config)
+        patches = [open_patch(path, schema, rules, state.weights_sha256) for path in (published, ours)]
+        if len({patch.content_digest() for patch in patches}) != 1:
+            raise RebuildDiffers(f"The patch of checkpoint {manifest.checkpoint} is not the one that its deltas give.")
 
     def _weigh(
         self, manifest: Manifest, entries: Sequence[MergeEntry], containers: Mapping[str, Container]
@@ -338,19 +364,21 @@ def _compare_weights(manifest: Manifest, weights: Sequence[int]) -> None:
 
 
 def _compare(manifest: Manifest, result: MergeResult) -> None:
-    momentum = manifest.state_file(layout.ROLE_MOMENTUM)
-    for name, published, rebuilt in (
-        ("weights", _weights_sha256(manifest), result.weights.sha256.hex()),
-        ("momentum", momentum.sha256 if momentum else "none", result.momentum.sha256.hex()),
+    for role, rebuilt in (
+        (layout.ROLE_WEIGHTS, result.weights.sha256.hex()),
+        (layout.ROLE_MOMENTUM, result.momentum.sha256.hex()),
+        (layout.ROLE_RESIDUAL, result.residual.sha256.hex()),
     ):
+        entry = manifest.state_file(role)
+        published = entry.sha256 if entry else "none"
         if published != rebuilt:
             raise RebuildDiffers(
-                f"Checkpoint {manifest.checkpoint} does not follow from its deltas: its {name} should have the SHA-256 "
+                f"Checkpoint {manifest.checkpoint} does not follow from its deltas: its {role} should have the SHA-256 "
                 f"{rebuilt[:12]}, but {published[:12]} was published."
             )
 
 
-def _finish(out: Path, manifest: Manifest, state: _State, config: RunConfig) -> None:
+def _finish(out: Path, manifest: Manifest, state: OuterState, config: RunConfig) -> None:
     """Put the newest state where a checkpoint has it, and compare the files that describe it too."""
     try:
         write_description(
@@ -366,7 +394,8 @@ def _finish(out: Path, manifest: Manifest, state: _State, config: RunConfig) -> 
         shutil.copyfile(state.weights, out / layout.WEIGHTS)
         return
     (out / layout.MOMENTUM).parent.mkdir(exist_ok=True)
-    for made, name in ((state.weights, layout.WEIGHTS), (state.momentum, layout.MOMENTUM)):
+    assert state.residual is not None  # it goes with the momentum
+    for made, name in zip((state.weights, state.momentum, state.residual), layout.STATE, strict=True):
         if made.is_relative_to(out):
             made.replace(out / name)
         else:

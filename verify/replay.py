@@ -5,12 +5,14 @@ read one config in two ways.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from diloco import NUMERICS
 from diloco.codec import CodecConfig, EncodedDelta, encode
-from diloco.merge import OuterConfig
+from diloco.merge import MergeRules, OuterConfig
+from diloco.patch import PatchConfig
 from diloco.schema import Schema, schema_of
 from diloco.shards import ShardSet
 from diloco.tables import Floats
@@ -68,7 +70,17 @@ def _schema(model: MMDiTConfig) -> Schema:
 
 def codec_config(config: RunConfig) -> CodecConfig:
     """Return how the run's deltas are coded."""
-    return _built("codec", CodecConfig, {"kind": config.codec.kind, "block": config.codec.block})
+    return _built("codec", CodecConfig, asdict(config.codec))
+
+
+def patch_config(config: RunConfig) -> PatchConfig:
+    """Return how the run's outer steps are rounded on their way down."""
+    return _built("patch", PatchConfig, {"block": config.patch.block, "threshold": config.patch.threshold})
+
+
+def merge_rules(config: RunConfig) -> MergeRules:
+    """Return what decides the run's merges beside the deltas."""
+    return MergeRules(outer=outer_config(config), patch=patch_config(config), schema=delta_schema(config))
 
 
 def outer_config(config: RunConfig) -> OuterConfig:

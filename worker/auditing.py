@@ -218,7 +218,7 @@ class Auditing:
     async def _fetched(self, task: AuditTask, judged: ClaimToJudge) -> Artifact | Found:
         """Fetch a claim's delta; return what was claimed of it, or what follows if the claim itself can't be honest."""
         try:
-            artifact = await self._training.run(delta_artifact, self._config, task.unit, judged.claim.artifacts)
+            artifact = await self._training.run(delta_artifact, self._config, judged.claim.artifacts)
         except BytesRefused as refusal:
             return inadmissible(refusal)
         await self._in_time(task, lambda: self._read(judged, artifact))

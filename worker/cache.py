@@ -79,6 +79,36 @@ class FileCache:
         self._verified[wanted.sha256] = _identity(final)
         return final
 
+    def held(self, wanted: Wanted) -> Path | None:
+        """Return the path of a file if it is here, and whole."""
+        path = self.root / "files" / wanted.sha256
+        return path if self._holds(path, wanted) else None
+
+    def make(self, wanted: Wanted, write: Callable[[Path], str], *, keep: Collection[Digest]) -> Path:
+        """Return the path of a file that is made here from others, and not fetched.
+
+        Args:
+            write: writes the file, has the disk keep it, and returns its SHA-256 in hex.
+            keep: files that must stay, whatever the cap says.
+
+        Raises:
+            DigestMismatch: what was written is not what was signed for.
+        """
+        final = self.root / "files" / wanted.sha256
+        if not self._holds(final, wanted):
+            self._make_room(wanted, keep)
+            partial = self.root / "partial" / wanted.sha256
+            with disk_named(partial):
+                found = write(partial)
+                if found != wanted.sha256:
+                    partial.unlink()
+                    raise DigestMismatch(f"What the patches lead to is not {wanted.path} as the run signed it.")
+                partial.rename(final)
+                sync_directory(final.parent)
+        os.utime(final)
+        self._verified[wanted.sha256] = _identity(final)
+        return final
+
     def _holds(self, path: Path, wanted: Wanted) -> bool:
         if not path.exists():
             return False

@@ -4,18 +4,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from protocol.assignment import unit_shards
 from protocol.documents import Digest, Lease, Manifest, RunConfig, ShardRef
-from protocol.errors import AnswerInvalid, CheckpointCorrupt, Refusal, ShardCorrupt
+from protocol.errors import AnswerInvalid, Refusal, ShardCorrupt
 from protocol.layout import MANIFEST, checkpoint_directory, shard_path
-from protocol.limits import MAX_CHECKPOINT_BYTES, MAX_PUBLIC_DOCUMENT_BYTES, MAX_SHARD_BYTES
+from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES, MAX_SHARD_BYTES
 from protocol.trust import RunTrust
+from worker.bases import fetch_weights, wanted_file
 from worker.cache import FileCache, Wanted
 from worker.leases import check_base
 from worker.line import BreakOff
 from worker.progress import Downloaded
 from worker.web import PublicSite
+
+_MANIFESTS_KEPT: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +52,14 @@ class Materials:
     shards: tuple[Path, ...]
 
 
-def wanted_weights(manifest: Manifest, needs: Needs) -> Wanted:
+def check_weights(manifest: Manifest, needs: Needs) -> Wanted:
     """Return the weights that a unit starts from, from the signed manifest of the checkpoint before its round.
 
     Raises:
         AnswerInvalid: the manifest is another checkpoint's, or names other weights than the unit's lease.
         CheckpointCorrupt: the signed size is beyond any limit.
     """
-    weights = check_base(manifest, needs.round, needs.base_sha256)
-    if weights.size > MAX_CHECKPOINT_BYTES:
-        raise CheckpointCorrupt(f"The checkpoint says that it has {weights.size:,} bytes; that is beyond any limit.")
-    path = f"{checkpoint_directory(manifest.checkpoint)}/{weights.path}"
-    return Wanted(path=path, sha256=Digest(weights.sha256), size=weights.size)
+    return wanted_file(manifest, check_base(manifest, needs.round, needs.base_sha256))
 
 
 def wanted_shard(shard: ShardRef) -> Wanted:
@@ -94,7 +94,8 @@ class Library:
         self._allow_private = allow_private
         self._break_off = break_off
         self._tell = tell
-        self._manifest: Manifest | None = None
+        self._manifests: dict[int, Manifest] = {}
+        self._keep: set[Digest] = set()
         self.received_bytes = 0
 
     def fetch(self, public_url: str, trust: RunTrust, needs: Needs) -> Materials:
@@ -108,26 +109,47 @@ class Library:
             DigestMismatch, Unreachable, ServerBusy, UnitAbandoned, DiskFull: see `FileCache.fetch`.
         """
         site = PublicSite(public_url, allow_private=self._allow_private, break_off=self._break_off)
-        base = wanted_weights(self._published(site, trust, needs.round), needs)
-        wanted = (base, *(wanted_shard(self._shards[sha256]) for sha256 in needs.shards))
-        self._cache.check_fits(wanted)
-        keep = frozenset(file.sha256 for file in wanted)
-        paths = [self._fetch(site, file, keep) for file in wanted]
-        return Materials(base=paths[0], shards=tuple(paths[1:]))
+        published = _Published(site, trust, self)
+        manifest = published.manifest(needs.round - 1)
+        base = check_weights(manifest, needs)
+        shards = [wanted_shard(self._shards[sha256]) for sha256 in needs.shards]
+        self._cache.check_fits((base, *shards))
+        self._keep = {file.sha256 for file in (base, *shards)}
+        room = 2 * base.size + sum(file.size for file in shards) <= self._cache.cap_bytes
+        return Materials(
+            base=fetch_weights(published, trust.config, manifest, room=room),
+            shards=tuple(self.file(site, file) for file in shards),
+        )
 
-    def _published(self, site: PublicSite, trust: RunTrust, round_number: int) -> Manifest:
-        directory = checkpoint_directory(round_number - 1)
-        if self._manifest is None or self._manifest.checkpoint != round_number - 1:
+    def read_manifest(self, site: PublicSite, trust: RunTrust, checkpoint: int) -> Manifest:
+        """Return a checkpoint's manifest; the last ones are remembered."""
+        directory = checkpoint_directory(checkpoint)
+        if checkpoint not in self._manifests:
             raw = site.document(f"{directory}/{MANIFEST}", MAX_PUBLIC_DOCUMENT_BYTES)
             try:
-                self._manifest = trust.manifest(raw)
+                self._manifests[checkpoint] = trust.manifest(raw)
             except Refusal as refusal:
                 raise AnswerInvalid(f"The manifest in {directory} does not hold: {refusal.message}") from None
-        return self._manifest
+            while len(self._manifests) > _MANIFESTS_KEPT:
+                del self._manifests[min(self._manifests)]
+        return self._manifests[checkpoint]
 
-    def _fetch(self, site: PublicSite, wanted: Wanted, keep: frozenset[Digest]) -> Path:
+    def held(self, wanted: Wanted) -> Path | None:
+        """Return a file that is in the cache, which from now on stays there until the unit has all its files."""
+        found = self._cache.held(wanted)
+        if found is not None:
+            self._keep.add(wanted.sha256)
+        return found
+
+    def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
+        """Return a file that is made here; see `FileCache.make`."""
+        return self._cache.make(wanted, write, keep=self._keep)
+
+    def file(self, site: PublicSite, wanted: Wanted) -> Path:
+        """Return a file, fetched if need be; see `FileCache.fetch`."""
+        self._keep.add(wanted.sha256)
         before, started = self.received_bytes, time.monotonic()
-        path = self._cache.fetch(site, wanted, keep=keep, on_bytes=self._count)
+        path = self._cache.fetch(site, wanted, keep=self._keep, on_bytes=self._count)
         received = self.received_bytes - before
         if received:
             self._tell(Downloaded(file=wanted.path, bytes=received, seconds=time.monotonic() - started))
@@ -135,3 +157,24 @@ class Library:
 
     def _count(self, received: int) -> None:
         self.received_bytes += received
+
+
+class _Published:
+    """A run's published files as `bases.Source` wants them, behind a site and in a library's cache."""
+
+    def __init__(self, site: PublicSite, trust: RunTrust, library: Library) -> None:
+        self._site = site
+        self._trust = trust
+        self._library = library
+
+    def manifest(self, checkpoint: int) -> Manifest:
+        return self._library.read_manifest(self._site, self._trust, checkpoint)
+
+    def held(self, wanted: Wanted) -> Path | None:
+        return self._library.held(wanted)
+
+    def file(self, wanted: Wanted) -> Path:
+        return self._library.file(self._site, wanted)
+
+    def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
+        return self._library.make(wanted, write)

@@ -5,6 +5,7 @@ size and SHA-256 that a signed document names.
 """
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -16,6 +17,7 @@ from protocol.errors import (
     CheckpointCorrupt,
     DigestMismatch,
     LogDiffers,
+    NotServed,
     PayloadInvalid,
     Unreachable,
     WrongRun,
@@ -27,9 +29,10 @@ from protocol.log import EMPTY_LOG_HEAD, LogEntry, read_log
 from protocol.trust import RunTrust
 from verify.admission import file_sha256
 from verify.checkpoint import read_limited
+from worker.bases import fetch_weights
 from worker.cache import FileCache, Wanted
 from worker.home import WorkerHome
-from worker.library import Materials, Needs, wanted_shard, wanted_weights
+from worker.library import Materials, Needs, check_weights, wanted_shard
 from worker.link import open_link
 from worker.station import wall_ms
 from worker.web import PublicSite, host_is_public
@@ -51,16 +54,30 @@ class PublicFiles(Protocol):
         """Return the path of a file that has the size and SHA-256 that were signed for it.
 
         Raises:
-            CheckpointCorrupt, DigestMismatch, TryLater: it is not there, or is another.
+            NotServed: it is not there (any more).
+            DigestMismatch, TryLater: it is another, or can't be fetched now.
         """
+        ...
+
+    def held(self, wanted: Wanted) -> Path | None:
+        """Return the path of such a file if it is at hand without any transfer."""
+        ...
+
+    def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
+        """Return the path of a file that `write` makes, and whose SHA-256 it returns; it must be the wanted one."""
         ...
 
 
 class DirectoryFiles:
-    """A run's public directory, or a copy of it."""
+    """A run's public directory, or a copy of it.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        made: a folder for weights that are not kept there and follow from patches; None makes none.
+    """
+
+    def __init__(self, root: Path, made: Path | None = None) -> None:
         self._root = root
+        self._made = made
 
     def document(self, path: str, max_bytes: int = MAX_PUBLIC_DOCUMENT_BYTES) -> bytes:
         """See `PublicFiles.document`."""
@@ -70,9 +87,26 @@ class DirectoryFiles:
         """See `PublicFiles.file`; nothing is copied."""
         path = self._root / wanted.path
         if not path.is_file():
-            raise CheckpointCorrupt(f"{path} is missing.")
+            raise NotServed(f"There is no file {path}.")
         if path.stat().st_size != wanted.size or file_sha256(path) != wanted.sha256:
             raise DigestMismatch(f"{path} is not the file that the run signed for.")
+        return path
+
+    def held(self, wanted: Wanted) -> Path | None:
+        """See `PublicFiles.held`."""
+        return self.file(wanted) if (self._root / wanted.path).is_file() else None
+
+    def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
+        """See `PublicFiles.make`."""
+        if self._made is None:
+            raise NotServed(f"{self._root / wanted.path} is not kept any more.")
+        self._made.mkdir(parents=True, exist_ok=True)
+        path = self._made / wanted.sha256
+        if path.exists() and file_sha256(path) == wanted.sha256:
+            return path
+        if write(path) != wanted.sha256:
+            path.unlink()
+            raise DigestMismatch(f"What the patches lead to is not {wanted.path} as the run signed it.")
         return path
 
 
@@ -92,6 +126,18 @@ class SiteFiles:
         """See `PublicFiles.file`."""
         self._used.add(wanted.sha256)
         return self._cache.fetch(self._site, wanted, keep=self._used, on_bytes=lambda _: None)
+
+    def held(self, wanted: Wanted) -> Path | None:
+        """See `PublicFiles.held`."""
+        found = self._cache.held(wanted)
+        if found is not None:
+            self._used.add(wanted.sha256)
+        return found
+
+    def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
+        """See `PublicFiles.make`."""
+        self._used.add(wanted.sha256)
+        return self._cache.make(wanted, write, keep=self._used)
 
 
 def site_files(url: str, home: Path, *, allow_private: bool) -> SiteFiles:
@@ -147,10 +193,24 @@ def newest_checkpoint(files: PublicFiles, trust: RunTrust) -> int:
 def fetch_materials(files: PublicFiles, trust: RunTrust, needs: Needs) -> Materials:
     """Return what a unit is trained from."""
     manifest = read_manifest(files, trust, needs.round - 1)
+    check_weights(manifest, needs)
     shards = {shard.sha256: shard for shard in trust.config.data.shards}
-    wanted = [wanted_weights(manifest, needs), *(wanted_shard(shards[sha256]) for sha256 in needs.shards)]
-    base, *paths = (files.file(file) for file in wanted)
-    return Materials(base=base, shards=tuple(paths))
+    return Materials(
+        base=fetch_weights(_Published(files, trust), trust.config, manifest, room=True),
+        shards=tuple(files.file(wanted_shard(shards[sha256])) for sha256 in needs.shards),
+    )
+
+
+class _Published:
+    """Public files as `bases.Source` wants them."""
+
+    def __init__(self, files: PublicFiles, trust: RunTrust) -> None:
+        self._files = files
+        self._trust = trust
+        self.held, self.file, self.make = files.held, files.file, files.make
+
+    def manifest(self, checkpoint: int) -> Manifest:
+        return read_manifest(self._files, self._trust, checkpoint)
 
 
 def read_public_log(files: PublicFiles, trust: RunTrust) -> tuple[tuple[LogEntry, ...], int]:

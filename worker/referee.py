@@ -71,20 +71,20 @@ def replay(
     )
 
 
-def delta_artifact(config: RunConfig, unit: UnitId, artifacts: Sequence[Artifact]) -> Artifact:
-    """Return a claim's delta, whose size is the one that the run's model implies: no more than that is fetched.
+def delta_artifact(config: RunConfig, artifacts: Sequence[Artifact]) -> Artifact:
+    """Return a claim's delta, if it is no larger than the run's model allows: no more than that is fetched.
 
     Raises:
         DeltaSchemaMismatch: the claim has no such artifact.
     """
-    from diloco.container import container_size
+    from diloco.container import largest_container
     from verify.replay import codec_config, delta_schema
 
-    size = container_size(delta_schema(config), codec_config(config), bytes.fromhex(unit))
+    size = largest_container(delta_schema(config), codec_config(config))
     for artifact in artifacts:
-        if artifact.role == ROLE_DELTA and artifact.size == size:
+        if artifact.role == ROLE_DELTA and artifact.size <= size:
             return artifact
-    raise DeltaSchemaMismatch(f"The claim has no delta of {size:,} bytes, which is what the run's model implies.")
+    raise DeltaSchemaMismatch(f"The claim has no delta of at most {size:,} bytes, as the run's model implies.")
 
 
 def artifact_of(path: Path, config: RunConfig, unit: UnitId) -> Artifact:

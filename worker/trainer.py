@@ -134,12 +134,12 @@ def compute_unit(
 
 
 def _check_allowed_size(config: RunConfig, lease: Lease) -> None:
-    from diloco.container import container_size
+    from diloco.container import largest_container
     from verify.replay import codec_config, delta_schema
 
-    size = container_size(delta_schema(config), codec_config(config), bytes.fromhex(lease.unit))
+    size = largest_container(delta_schema(config), codec_config(config))
     if any(limit.role == ROLE_DELTA and limit.max_bytes < size for limit in lease.artifacts):
-        raise AnswerInvalid(f"The lease allows less than the {size:,} bytes that a delta of this run has.")
+        raise AnswerInvalid(f"The lease allows less than the {size:,} bytes that a delta of this run may have.")
 
 
 def write_delta(trained: TrainedUnit, lease: Lease, path: Path) -> None:

@@ -15,13 +15,14 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import Final, cast
 from urllib.parse import urlsplit
 
-from protocol.errors import AnswerInvalid, EndpointUntrusted, ServerBusy, Unreachable
+from protocol.errors import AnswerInvalid, EndpointUntrusted, NotServed, ServerBusy, Unreachable
 from worker.line import DEFAULT_PACE, BreakOff, Line, Pace
 
 CONNECT_SECONDS: Final = 15.0
 _MOST_ADDRESSES: Final = 8
 """Addresses of one name that are tried; a name server of a stranger can give any number."""
 _CHUNK: Final = 1 << 20
+_NO_SUCH_FILE: Final = 404
 _BUSY: Final = frozenset({429, 500, 502, 503, 504})
 
 
@@ -139,6 +140,8 @@ class PublicSite:
             return offset
         if response.status in _BUSY:
             raise ServerBusy(f"{self.url} is busy (HTTP {response.status}).")
+        if response.status == _NO_SUCH_FILE:
+            raise NotServed(f"{self.url} has no file {path}.")
         # Redirects are not followed: they would be a way round the signed address.
         raise Unreachable(f"{self.url}/{path} can't be fetched: HTTP {response.status}.")
 

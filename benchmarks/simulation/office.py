@@ -91,6 +91,7 @@ class Office:
             run_secret=hashlib.sha256(b"secret" + seed).digest(),
             delta_bytes=delta_bytes,
             retain_rounds=0,
+            snapshot_every=1,
             store=self.store,
             clock=self.clock,
         )

@@ -93,7 +93,7 @@ class RealPhysics:
         job = {
             "base": str(base),
             "out": str(self._place(number)),
-            "base_files": {},
+            "base_files": {layout.WEIGHTS: self._base_digests[number - 1]},
             "entries": [{**asdict(entry), "path": str(self.blob(entry.blob_sha256))} for entry in closed.merge],
             "unmerge": [
                 {

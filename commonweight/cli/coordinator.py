@@ -268,7 +268,8 @@ def _show_new_run(
 ) -> None:
     from coordinator.forecast import forecast, show_bytes
 
-    expected = forecast(identity.config, retain_rounds=settings.storage.retain_rounds)
+    storage = settings.storage
+    expected = forecast(identity.config, retain_rounds=storage.retain_rounds, snapshot_every=storage.snapshot_every)
     free = shutil.disk_usage(run.root).free
     until = datetime.fromtimestamp(identity.delegation.not_after_ms / 1000, UTC).date()
     join = settings.server.join_string(identity.run)

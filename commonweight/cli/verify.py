@@ -373,9 +373,10 @@ def _show_unit(progress: "CalibrationProgress") -> None:
 
 def _public_files(place: str, home: Path) -> "PublicFiles":
     """Return the files of a directory or a URL that a person named; `home` holds the cache of the latter."""
+    from worker.home import WorkerHome
     from worker.public_files import DirectoryFiles, site_files
 
     if place.startswith(("http://", "https://")):
         # Whoever types an address means it, be it inside a private network.
         return site_files(place, home, allow_private=True)
-    return DirectoryFiles(public_directory(Path(place)))
+    return DirectoryFiles(public_directory(Path(place)), made=WorkerHome(home).cache / "made")

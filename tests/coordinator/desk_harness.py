@@ -81,6 +81,7 @@ class Office(Records):
             run_secret=b"\x07" * 32,
             delta_bytes=DELTA_BYTES,
             retain_rounds=retain_rounds,
+            snapshot_every=3,
             store=self.store,
             clock=self.clock,
         )

@@ -118,7 +118,7 @@ def test_a_backup_taken_while_the_database_is_written_to_is_consistent(run: RunD
 
 def test_files_that_never_change_are_linked_and_stored_once(run: RunDirectory, tmp_path: Path) -> None:
     blob, digest = add_blob(run, b"a delta")
-    public = run.public / f"deltas/{digest}.safetensors"
+    public = run.public / f"deltas/{digest}.safetensors.zst"
     os.link(blob, public)
     backup(run, tmp_path / "backup")
     copies = [tmp_path / "backup" / path.relative_to(run.root) for path in (blob, public)]

@@ -249,9 +249,13 @@ def test_a_replica_whose_bytes_are_not_those_of_its_sketch_leaves_the_referee_al
 
 def _replica_of_an_old_round(office: Office, steps: list[str]) -> tuple[Work, Volunteer]:
     """Bob's replica of Eve's work of round 1, which is banned in round 4: nobody needs the replica any more."""
-    ada, bob = office.volunteer("ada", record=ESTABLISHED), office.volunteer("bob", record=ESTABLISHED)
+    bob, ada = office.volunteer("bob", record=ESTABLISHED), office.volunteer("ada", record=ESTABLISHED)
     work = office.deliver(office.volunteer("eve"))
     replica = office.lease(bob)
+    if replica.lease.unit != work.lease.unit:  # it is the other one's turn
+        office.hand_back(replica)
+        bob, ada = ada, bob
+        replica = office.lease(bob)
     assert replica.lease.unit == work.lease.unit
     for _ in range(3):
         office.deliver(ada, ms=TRAINING_MS // 2)  # Bob is still at it

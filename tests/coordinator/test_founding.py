@@ -242,17 +242,20 @@ def test_a_killed_founding_leaves_a_whole_run_or_one_that_can_be_founded_again(t
 
 def test_the_forecast_counts_what_a_round_really_writes(founding: Founding, tmp_path: Path) -> None:
     config = founding("rounds.planned=10", "rounds.units=6", "rounds.min_window_seconds=60").config
-    expected = forecast(config, retain_rounds=0)
+    expected = forecast(config, retain_rounds=0, snapshot_every=5)
     weights = (RunDirectory(tmp_path / "run").checkpoint(0) / layout.WEIGHTS).stat().st_size
     shards = [ref.size for ref in (*config.data.shards, config.data.heldout)]
     assert (expected.weights, expected.shards) == (weights, sum(shards))
-    assert expected.disk_per_round == 2 * weights + 6 * expected.delta
-    assert expected.disk_in_all == sum(shards) + weights + 11 * expected.disk_per_round
-    kept = forecast(config, retain_rounds=3)
+    assert expected.state == 3 * weights
+    assert expected.disk_per_round == expected.patch + expected.state // 5 + 6 * expected.delta
+    # The first one, two snapshots, the last few rounds, and one that is being made.
+    states = min(1 + 2 + expected.kept_states + 1, 11)
+    assert expected.disk_in_all == sum(shards) + states * 3 * weights + 11 * expected.patch + 11 * 6 * expected.delta
+    kept = forecast(config, retain_rounds=3, snapshot_every=5)
     assert expected.disk_in_all - kept.disk_in_all == 7 * 6 * expected.delta
     assert expected.uplink_per_round > 6 * weights
-    assert "Mbit/s" in expected.lines()[2]
-    assert "Mbit/s" not in dataclasses.replace(expected, min_window_seconds=0.0).lines()[2]
+    assert "Mbit/s" in expected.lines()[3]
+    assert "Mbit/s" not in dataclasses.replace(expected, min_window_seconds=0.0).lines()[3]
 
 
 def test_the_root_key_renews_the_delegation_and_no_other_key_does(founding: Founding, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from coordinator.settings import TEMPLATE, Settings, describe_settings, render
 from coordinator.settings_problems import known_settings
 from coordinator.signed import differences, run_config
-from protocol.documents import Digest, RunConfig, RunId, ShardRef, parse_payload, payload_of
+from protocol.documents import Codec, Digest, RunConfig, RunId, ShardRef, parse_payload, payload_of
 from protocol.errors import ConfigInvalid
 
 
@@ -114,11 +114,11 @@ def test_an_unknown_setting_is_answered_with_the_nearest_known_one() -> None:
         ('[training]\nprecision = "bf16"', ('training.precision is "bf16"', "training.eps is 1e-08", "1e-4")),
         (
             '[training]\nprecision = "bf16"\neps = 1e-4',
-            ('training.precision is "bf16"', "verification.tolerance is 0.0001", "to 0.01"),
+            ('training.precision is "bf16"', "verification.tolerance is 0.0001", "to 0.008"),
         ),
         (
             '[training]\nprecision = "bf16"\neps = 1e-4\n[verification]\ntolerance = 0.01',
-            ('training.precision is "bf16"', "verification.code_tolerance is 0.001", "to 0.01"),
+            ('training.precision is "bf16"', "verification.code_tolerance is 0.001", "to 0.04"),
         ),
     ],
 )
@@ -129,7 +129,7 @@ def test_two_settings_that_conflict_are_both_named_with_their_values(text: str, 
 
 def test_a_run_in_bf16_says_so_in_its_config_and_reads_back() -> None:
     overrides = ["training.precision=bf16", "training.eps=1e-4"]
-    wide = ["verification.tolerance=0.01", "verification.code_tolerance=0.01"]
+    wide = ["verification.tolerance=0.01", "verification.code_tolerance=0.04"]
     settings = Settings.parse("", [*overrides, *wide])
     config = config_of(settings)
     assert config.training.precision == "bf16"
@@ -137,6 +137,14 @@ def test_a_run_in_bf16_says_so_in_its_config_and_reads_back() -> None:
     (difference,) = differences(Settings.parse("", ["training.eps=1e-4", *wide]), config)
     assert str(difference) == 'training.precision is "fp32" in run.toml, but "bf16" in the signed run.'
     assert config_of(Settings.parse("", [*overrides, "verification.mode=none"])).training.precision == "bf16"
+
+
+def test_deltas_of_a_new_run_are_ternary_unless_the_operator_says_otherwise() -> None:
+    assert config_of(Settings.parse("")).codec == Codec(kind="dither", levels=1, block=1024, reach=704, width=128)
+    seven = Settings.parse("", ["codec.levels=7"])
+    assert config_of(seven).codec.levels == 7
+    (difference,) = differences(Settings.parse(""), config_of(seven))
+    assert str(difference) == "codec.levels is 1 in run.toml, but 7 in the signed run."
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -165,6 +173,12 @@ def test_text_that_is_not_toml_is_refused_with_its_line() -> None:
         ("server.public_url=http://h:x/", "its port must be a whole number from 1 to 65535."),
         ("server.public_url=http://h:0", "its port must be a whole number from 1 to 65535."),
         ("codec.block=100", "codec.block is 100; it must be a power of two, such as 64 or 128."),
+        ("codec.levels=0", "codec.levels is 0; "),
+        ("codec.levels=128", "codec.levels is 128; "),
+        ("codec.reach=0.5", "codec.reach is 0.5; "),
+        ("codec.width=1.5", "codec.width is 1.5; "),
+        ("codec.levels=ternary", 'codec.levels is "ternary"; it must be a whole number'),
+        ("patch.block=1000", "patch.block is 1000; it must be a power of two, such as 512 or 1024."),
         ("model.preset=d99", 'model.preset is "d99"; it must be "digits" or "rgb32"'),
         ("model.preset=d24", "paints in 16 latent channels"),
         ("training.lr=fast", 'training.lr is "fast"; it must be a number'),
@@ -292,6 +306,8 @@ def test_only_server_and_storage_are_not_signed() -> None:
     fitting = {
         "training.steps": "60",
         "codec.block": "64",
+        "codec.reach": "3",
+        "patch.block": "64",
         "rounds.min_units": "2",
         "verification.mode": "none",
         "verification.weighting": "mean",
@@ -307,7 +323,13 @@ def test_only_server_and_storage_are_not_signed() -> None:
         value = fitting.get(name) or seconds or by_kind[type(getattr(getattr(Settings(), section), key)).__name__]
         found = differences(Settings.parse("", [f"{name}={value}"]), config)
         assert [difference.name for difference in found] == [name]
-    moved = ["server.port=99", "server.bind=0.0.0.0", "storage.retain_rounds=3", "storage.reserve_mib=1"]
+    moved = [
+        "server.port=99",
+        "server.bind=0.0.0.0",
+        "storage.retain_rounds=3",
+        "storage.snapshot_every=2",
+        "storage.reserve_mib=1",
+    ]
     assert differences(Settings.parse("", moved), config) == ()
 
 

@@ -16,7 +16,8 @@ from mmdit.config import MMDiTConfig
 SEED = bytes(range(32))
 OTHER_SEED = bytes(range(1, 33))
 UNIT_ID = bytes([7]) * 32
-CODEC = CodecConfig(kind="dither4", block=256)
+CODEC = CodecConfig(kind="dither", levels=1, block=256, reach=704, width=128)
+FINE = CodecConfig(kind="dither", levels=7, block=256, reach=1280, width=256)
 INFO = ShardInfo(licence="CC0-1.0", source="made for a test", captions_digest="00" * 32)
 
 TINY = MMDiTConfig(
@@ -89,13 +90,13 @@ def delta(number: int, schema: Schema = SCHEMA, scale: float = 1e-3) -> dict[str
     return {spec.name: normals(f"{spec.name}/{number}", spec.shape, scale) for spec in schema.tensors}
 
 
-def encoded(number: int, schema: Schema = SCHEMA) -> EncodedDelta:
+def encoded(number: int, schema: Schema = SCHEMA, codec: CodecConfig = CODEC) -> EncodedDelta:
     """Return the encoded form of `delta(number)`, with a seed of its own."""
-    return encode(delta(number, schema), schema, CODEC, bytes([number]) * 32)
+    return encode(delta(number, schema), schema, codec, bytes([number]) * 32)
 
 
-def container(directory: Path, number: int, schema: Schema = SCHEMA) -> Container:
+def container(directory: Path, number: int, schema: Schema = SCHEMA, codec: CodecConfig = CODEC) -> Container:
     """Write and open the container of `delta(number)`."""
     path = directory / f"{number}.delta"
-    write_container(path, encoded(number, schema), UNIT_ID)
-    return Container.open(path, schema, CODEC, UNIT_ID)
+    write_container(path, encoded(number, schema, codec), UNIT_ID)
+    return Container.open(path, schema, codec, UNIT_ID)

@@ -16,24 +16,36 @@ import numpy.typing as npt
 import torch
 
 from diloco.checkpoint import write_checkpoint
-from diloco.codec import encode
+from diloco.codec import CodecConfig, encode
 from diloco.container import write_container
 from diloco.draws import Draws
 from diloco.genesis import initial_state
-from diloco.merge import MergeInput, OuterConfig, UnmergeInput, merge_round, normalise_weights
+from diloco.merge import (
+    MergeFiles,
+    MergeInput,
+    MergeRules,
+    OuterConfig,
+    OuterState,
+    UnmergeInput,
+    merge_round,
+    normalise_weights,
+)
+from diloco.patch import PatchConfig, open_patch
 from diloco.schema import schema_of
 from diloco.sketch import sketch
 from diloco.streams import Stream
 from diloco.tables import Floats, logit_normal_table
 from diloco.unit import run_unit
 from diloco.weigh import delta_norm2, gram, weigh_delta
-from tests.diloco.examples import CODEC, SCHEMA, SEED, TINY, UNIT, UNIT_ID, container, encoded, normals, shard_set
+from tests.diloco.examples import FINE, SCHEMA, SEED, TINY, UNIT, UNIT_ID, container, encoded, normals, shard_set
 from verify.robust import robust_shares
 
 HERE = Path(__file__).parent
 DIGESTS = HERE / "golden.json"
 UNIT_DELTA = HERE / "golden_unit.delta"
+CODECS = [CodecConfig(kind="dither", levels=levels, block=256, reach=704, width=128) for levels in (1, 2, 7, 31, 127)]
 OUTER = OuterConfig(lr=0.7, momentum=0.9)
+PATCH = PatchConfig(block=1024, threshold=256)
 
 
 def recorded() -> dict[str, str]:
@@ -45,7 +57,8 @@ def recorded() -> dict[str, str]:
 def digests() -> dict[str, str]:
     """Compute every canonical digest."""
     found = {name: _hex(values) for name, values in _draws().items()}
-    found["codec"] = encoded(1).content_digest().hex()
+    for codec in CODECS:
+        found[f"codec.{codec.levels}"] = encoded(1, codec=codec).content_digest().hex()
     with tempfile.TemporaryDirectory() as directory:
         found |= _merge(Path(directory))
         found |= _weighing(Path(directory))
@@ -76,18 +89,26 @@ def _merge(directory: Path) -> dict[str, str]:
         MergeInput(claim_digest=claim, container=container(directory, number), weight=weight)
         for number, (claim, weight) in enumerate(zip(claims, weights, strict=True))
     ]
-    merged = merge_round(
-        directory / "base", directory / "momentum", inputs, OUTER, directory / "weights", directory / "next"
+    base_state = OuterState(
+        weights=directory / "base",
+        weights_sha256=bytes(32),
+        momentum=directory / "momentum",
+        residual=directory / "momentum",
     )
+    merged = merge_round(base_state, inputs, _rules(), _files(directory, "next"))
+    patch = open_patch(directory / "next.patch", SCHEMA, PATCH, bytes(32))
     return {
         "merge.weights": merged.weights.sha256.hex(),
         "merge.momentum": merged.momentum.sha256.hex(),
+        "merge.residual": merged.residual.sha256.hex(),
+        "merge.patch": patch.content_digest().hex(),
         "sketch": _hex(sketch(inputs[0].container.decoded_chunks(), SEED)),
     }
 
 
 def _weighing(directory: Path) -> dict[str, str]:
     """What the weights of a merge follow from, and a delta taken out again; `directory` holds the merge's files."""
+    fine = weigh_delta(container(directory, 0, codec=FINE), SEED)
     deltas = [container(directory, number) for number in range(7)]
     weighings = [weigh_delta(delta, SEED) for delta in deltas]
     sketches = [weighing.sketch for weighing in weighings]
@@ -97,17 +118,37 @@ def _weighing(directory: Path) -> dict[str, str]:
         for rule in ("geometric-median", "multi-krum", "nnm-clip")
     }
     taken_out = UnmergeInput(container=deltas[0], weight=4_567_890, rounds_ago=3)
-    result = merge_round(
-        directory / "base", directory / "momentum", [], OUTER, directory / "w", directory / "m", unmerge=[taken_out]
+    base = OuterState(
+        weights=directory / "base",
+        weights_sha256=bytes(32),
+        momentum=directory / "momentum",
+        residual=None,
     )
+    result = merge_round(base, [], _rules(), _files(directory, "out"), unmerge=[taken_out])
     return found | {
         "weigh.sketch": _hex(np.stack(sketches)),
+        "weigh.sketch.7": _hex(fine.sketch),
+        "weigh.norm2.7": _hex(np.array([fine.norm2])),
         "weigh.norm2": _hex(np.array([weighing.norm2 for weighing in weighings])),
         "norm2": _hex(np.array([delta_norm2(delta) for delta in deltas])),
         "weigh.gram": _hex(gram(sketches)),
         "unmerge.weights": result.weights.sha256.hex(),
         "unmerge.momentum": result.momentum.sha256.hex(),
+        "unmerge.residual": result.residual.sha256.hex(),
     }
+
+
+def _rules() -> MergeRules:
+    return MergeRules(outer=OUTER, patch=PATCH, schema=SCHEMA)
+
+
+def _files(directory: Path, name: str) -> MergeFiles:
+    return MergeFiles(
+        weights=directory / f"{name}.weights",
+        momentum=directory / f"{name}.momentum",
+        residual=directory / f"{name}.residual",
+        patch=directory / f"{name}.patch",
+    )
 
 
 def _hex(values: npt.NDArray[np.generic]) -> str:
@@ -134,7 +175,7 @@ def main() -> None:
     sys.stdout.write(json.dumps(digests()))
     if arguments.record:
         DIGESTS.write_text(json.dumps(digests(), indent=2, sort_keys=True) + "\n")
-        write_container(UNIT_DELTA, encode(unit_delta(), schema_of(TINY), CODEC, UNIT.seed), UNIT_ID)
+        write_container(UNIT_DELTA, encode(unit_delta(), schema_of(TINY), FINE, UNIT.seed), UNIT_ID)
 
 
 if __name__ == "__main__":

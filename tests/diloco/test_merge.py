@@ -1,4 +1,6 @@
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -7,18 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diloco.checkpoint import TensorFile, write_checkpoint
-from diloco.codec import EncodedDelta
 from diloco.container import Container, write_container
-from diloco.merge import WEIGHT_ONE, MergeInput, OuterConfig, UnmergeInput, merge_round, normalise_weights
+from diloco.merge import (
+    WEIGHT_ONE,
+    MergeFiles,
+    MergeInput,
+    MergeResult,
+    MergeRules,
+    OuterConfig,
+    OuterState,
+    UnmergeInput,
+    merge_round,
+    normalise_weights,
+)
+from diloco.patch import PatchConfig, apply_patches, open_patch, round_step
 from diloco.schema import Schema, TensorSpec
 from diloco.tables import Floats
-from protocol.errors import CheckpointCorrupt, DeltaNotFinite
-from tests.diloco.examples import CODEC, UNIT_ID, container, encoded, normals
+from protocol.errors import CheckpointCorrupt, DeltaNotFinite, DeltaSchemaMismatch
+from tests.diloco.examples import CODEC, container, encoded, normals
 
 # Longer than one chunk of the merge, so that chunk boundaries are crossed.
 SCHEMA = Schema(tensors=(TensorSpec(name="long", shape=(600, 601)), TensorSpec(name="short", shape=(33,))))
 BUFFER = "pos_embed.pos_embed"
 OUTER = OuterConfig(lr=0.7, momentum=0.9)
+PATCH = PatchConfig(block=1024, threshold=256)
+RULES = MergeRules(outer=OUTER, patch=PATCH, schema=SCHEMA)
 CLAIMS = [hashlib.sha256(bytes([number])).digest() for number in range(3)]
 WEIGHTS = (3_000_000, 5_592_405, WEIGHT_ONE - 3_000_000 - 5_592_405)
 
@@ -38,69 +53,154 @@ def inputs(directory: Path) -> list[MergeInput]:
     ]
 
 
-def merged(
-    directory: Path, items: list[MergeInput], momentum: Path | None = None, out: str = "out"
-) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    weights, next_momentum = directory / f"{out}.weights", directory / f"{out}.momentum"
-    merge_round(directory / "base", momentum, items, OUTER, weights, next_momentum)
-    return TensorFile.open(weights).load(), TensorFile.open(next_momentum).load()
+def files(directory: Path, name: str) -> MergeFiles:
+    return MergeFiles(
+        weights=directory / f"{name}.weights",
+        momentum=directory / f"{name}.momentum",
+        residual=directory / f"{name}.residual",
+        patch=directory / f"{name}.patch",
+    )
 
 
-def plain(theta: Floats, v: Floats, deltas: list[tuple[bytes, int, Floats]]) -> tuple[Floats, Floats]:
-    """The round as the formulas say it, written out for whole tensors."""
-    f = np.float32
-    g: Floats = np.zeros(theta.shape, dtype=f)
-    for _, weight, delta in sorted(deltas, key=lambda item: item[0]):
-        g = g + (f(weight) * f(2.0**-24)) * delta
-    v = f(0.9) * v + g
-    new_theta: Floats = np.subtract(theta, f(0.7) * (g + f(0.9) * v))
-    return new_theta, v
+def state(directory: Path, name: str | None = None) -> OuterState:
+    """The base before the first round, or what the merge of that name made."""
+    if name is None:
+        path = directory / "base"
+        return OuterState(weights=path, weights_sha256=digest(path), momentum=None, residual=None)
+    made = files(directory, name)
+    return OuterState(
+        weights=made.weights, weights_sha256=digest(made.weights), momentum=made.momentum, residual=made.residual
+    )
+
+
+def digest(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a merge wrote, loaded."""
+
+    weights: dict[str, Floats]
+    momentum: dict[str, Floats]
+    residual: dict[str, Floats]
+
+    def due(self, name: str) -> Floats:
+        """Where a tensor stands once all that waits has been delivered."""
+        return np.subtract(self.weights[name], self.residual[name])
+
+
+def merged(directory: Path, items: list[MergeInput], after: str | None = None, out: str = "out") -> Made:
+    merge(directory, items, after, out)
+    return load(directory, out)
+
+
+def merge(
+    directory: Path,
+    items: list[MergeInput],
+    after: str | None = None,
+    out: str = "out",
+    unmerge: Sequence[UnmergeInput] = (),
+) -> MergeResult:
+    return merge_round(state(directory, after), items, RULES, files(directory, out), unmerge=unmerge)
+
+
+def load(directory: Path, name: str) -> Made:
+    made = files(directory, name)
+    return Made(
+        weights=TensorFile.open(made.weights).load(),
+        momentum=TensorFile.open(made.momentum).load(),
+        residual=TensorFile.open(made.residual).load(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """A tensor's state in a run that is computed as the formulas say it, for whole tensors."""
+
+    theta: Floats
+    v: Floats
+    e: Floats
+
+    def round(self, deltas: list[tuple[bytes, int, Floats]], name: str) -> "Plain":
+        f = np.float32
+        g: Floats = np.zeros(self.theta.shape, dtype=f)
+        for _, weight, delta in sorted(deltas, key=lambda item: item[0]):
+            g = g + (f(weight) * f(2.0**-24)) * delta
+        v = f(0.9) * self.v + g
+        step = f(0.7) * (g + f(0.9) * v)
+        rounded = round_step((self.e + step).reshape(-1), PATCH, name)
+        shape = self.theta.shape
+        return Plain(theta=self.theta - rounded.patch.reshape(shape), v=v, e=rounded.residual.reshape(shape))
 
 
 def test_two_rounds_equal_the_formulas_written_out_in_plain_numpy(tmp_path: Path, base: dict[str, Floats]) -> None:
     items = inputs(tmp_path)
     first = merged(tmp_path, items, out="first")
-    second_base = tmp_path / "base"
-    (tmp_path / "first.weights").replace(second_base)
-    second = merged(tmp_path, items, tmp_path / "first.momentum", out="second")
+    second = merged(tmp_path, items, "first", out="second")
     for spec in SCHEMA.tensors:
         deltas = [(CLAIMS[n], WEIGHTS[n], encoded(n, SCHEMA).decoded()[spec.name]) for n in range(3)]
-        theta, v = plain(base[spec.name], np.zeros(spec.shape, dtype=np.float32), deltas)
-        assert np.array_equal(first[0][spec.name], theta)
-        assert np.array_equal(first[1][spec.name], v)
-        theta, v = plain(theta, v, deltas)
-        assert np.array_equal(second[0][spec.name], theta)
-        assert np.array_equal(second[1][spec.name], v)
+        zeros = np.zeros(spec.shape, dtype=np.float32)
+        expected = Plain(theta=base[spec.name], v=zeros, e=zeros)
+        for made in (first, second):
+            expected = expected.round(deltas, spec.name)
+            assert np.array_equal(made.weights[spec.name], expected.theta)
+            assert np.array_equal(made.momentum[spec.name], expected.v)
+            assert np.array_equal(made.residual[spec.name], expected.e)
+
+
+@pytest.mark.usefixtures("base")
+def test_who_has_the_weights_before_and_the_patches_has_the_weights_after(tmp_path: Path) -> None:
+    items = inputs(tmp_path)
+    merge(tmp_path, items, out="first")
+    merge(tmp_path, items[:2], "first", out="second")
+    before = [state(tmp_path), state(tmp_path, "first")]
+    patches = [
+        open_patch(files(tmp_path, name).patch, SCHEMA, PATCH, base.weights_sha256)
+        for name, base in zip(("first", "second"), before, strict=True)
+    ]
+    found = apply_patches(tmp_path / "base", patches, tmp_path / "patched")
+    assert found.sha256 == state(tmp_path, "second").weights_sha256
+
+
+@pytest.mark.usefixtures("base")
+def test_a_patch_of_other_weights_is_refused_before_it_is_applied(tmp_path: Path) -> None:
+    merge(tmp_path, inputs(tmp_path))
+    with pytest.raises(DeltaSchemaMismatch):
+        open_patch(files(tmp_path, "out").patch, SCHEMA, PATCH, bytes(32))
 
 
 def test_tensors_that_are_not_trained_are_carried_through_and_have_no_momentum(
     tmp_path: Path, base: dict[str, Floats]
 ) -> None:
-    weights, momentum = merged(tmp_path, inputs(tmp_path))
-    assert np.array_equal(weights[BUFFER], base[BUFFER])
-    assert list(momentum) == list(SCHEMA.names)
+    made = merged(tmp_path, inputs(tmp_path))
+    assert np.array_equal(made.weights[BUFFER], base[BUFFER])
+    assert list(made.momentum) == list(made.residual) == list(SCHEMA.names)
 
 
 @pytest.mark.usefixtures("base")
 def test_the_order_in_which_deltas_are_given_does_not_matter_but_their_claims_do(tmp_path: Path) -> None:
     items = inputs(tmp_path)
     one, two = merged(tmp_path, items), merged(tmp_path, items[::-1])
-    assert np.array_equal(one[0]["long"], two[0]["long"])
+    assert np.array_equal(one.residual["long"], two.residual["long"])
     relabelled = [
         MergeInput(claim_digest=claim, container=item.container, weight=item.weight)
         for claim, item in zip(CLAIMS[1:] + CLAIMS[:1], items, strict=True)
     ]
-    assert not np.array_equal(one[0]["long"], merged(tmp_path, relabelled)[0]["long"])
+    assert not np.array_equal(one.residual["long"], merged(tmp_path, relabelled).residual["long"])
 
 
 @pytest.mark.usefixtures("base")
 def test_the_reported_digests_are_those_of_the_files_and_merging_again_gives_the_same(tmp_path: Path) -> None:
-    results = [
-        merge_round(tmp_path / "base", None, inputs(tmp_path), OUTER, tmp_path / "w", tmp_path / "m") for _ in range(2)
-    ]
+    results = [merge(tmp_path, inputs(tmp_path)) for _ in range(2)]
     assert results[0] == results[1]
-    assert results[0].weights.sha256 == hashlib.sha256((tmp_path / "w").read_bytes()).digest()
-    assert results[0].momentum.size == (tmp_path / "m").stat().st_size
+    made = files(tmp_path, "out")
+    for path, found in (
+        (made.weights, results[0].weights),
+        (made.momentum, results[0].momentum),
+        (made.residual, results[0].residual),
+    ):
+        assert (found.sha256, found.size) == (digest(path), path.stat().st_size)
 
 
 @pytest.mark.usefixtures("base")
@@ -111,25 +211,19 @@ def test_a_claim_cannot_be_merged_twice_and_weights_cannot_exceed_one(tmp_path: 
     heavy = MergeInput(claim_digest=CLAIMS[0], container=items[0].container, weight=WEIGHT_ONE)
     with pytest.raises(ValueError, match="sum to at most"):
         merged(tmp_path, [heavy, items[1]])
-    with pytest.raises(ValueError, match="at least one delta"):
-        merged(tmp_path, [])
 
 
 # --- taking a delta out again --------------------------------------------------------------------------------
 
 
-def history(
-    directory: Path, rounds: list[list[MergeInput]], name: str, unmerge: list[UnmergeInput]
-) -> tuple[dict[str, Floats], dict[str, Floats]]:
+def history(directory: Path, rounds: list[list[MergeInput]], name: str, unmerge: list[UnmergeInput]) -> Made:
     """Merge round after round from the base; take out in the last one."""
-    weights, momentum = directory / "base", None
+    last = None
     for number, items in enumerate(rounds):
-        made = directory / f"{name}{number}.weights", directory / f"{name}{number}.momentum"
-        out = unmerge if number + 1 == len(rounds) else []
-        merge_round(weights, momentum, items, OUTER, *made, unmerge=out, schema=SCHEMA)
-        weights, momentum = made
-    assert momentum is not None
-    return TensorFile.open(weights).load(), TensorFile.open(momentum).load()
+        merge(directory, items, last, f"{name}{number}", unmerge if number + 1 == len(rounds) else [])
+        last = f"{name}{number}"
+    assert last is not None
+    return load(directory, last)
 
 
 def without(items: list[MergeInput], number: int) -> list[MergeInput]:
@@ -146,8 +240,8 @@ def test_a_delta_taken_out_leaves_the_run_as_if_it_had_never_been_merged(tmp_pat
     clean = history(tmp_path, [without(items, 1), *later], "clean", [])
     for spec in SCHEMA.tensors:
         # fp32 rounds each of the steps of a weight of up to 4; deltas are of 1e-3.
-        assert float(np.max(np.abs(mended[0][spec.name] - clean[0][spec.name]))) < 2e-6
-        assert float(np.max(np.abs(mended[1][spec.name] - clean[1][spec.name]))) < 1e-9
+        assert float(np.max(np.abs(mended.due(spec.name) - clean.due(spec.name)))) < 2e-6
+        assert float(np.max(np.abs(mended.momentum[spec.name] - clean.momentum[spec.name]))) < 1e-9
 
 
 @pytest.mark.usefixtures("base")
@@ -161,18 +255,18 @@ def test_several_deltas_are_taken_out_in_one_order_however_they_are_given(tmp_pa
         removals.append(UnmergeInput(container=opened, weight=item.weight, rounds_ago=0))
     one = history(tmp_path, [items, []], "one", removals)
     two = history(tmp_path, [items, []], "two", removals[::-1])
-    assert all(np.array_equal(one[0][name], two[0][name]) for name in one[0])
+    assert all(np.array_equal(one.residual[name], two.residual[name]) for name in one.residual)
 
 
 @pytest.mark.usefixtures("base")
-def test_a_round_without_deltas_lets_the_momentum_move_on(tmp_path: Path, base: dict[str, Floats]) -> None:
+def test_a_round_without_deltas_lets_the_momentum_move_on(tmp_path: Path) -> None:
     first = history(tmp_path, [inputs(tmp_path)], "first", [])
-    weights, momentum = history(tmp_path, [inputs(tmp_path), []], "second", [])
-    f = np.float32
+    second = history(tmp_path, [inputs(tmp_path), []], "second", [])
     for spec in SCHEMA.tensors:
-        v = f(0.9) * first[1][spec.name]
-        assert np.array_equal(momentum[spec.name], v)
-        assert np.array_equal(weights[spec.name], first[0][spec.name] - f(0.7) * (f(0) + f(0.9) * v))
+        before = Plain(theta=first.weights[spec.name], v=first.momentum[spec.name], e=first.residual[spec.name])
+        expected = before.round([], spec.name)
+        assert np.array_equal(second.momentum[spec.name], expected.v)
+        assert np.array_equal(second.weights[spec.name], expected.theta)
 
 
 @pytest.mark.usefixtures("base")
@@ -199,19 +293,20 @@ def test_a_base_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_merge_that_would_overflow_is_not_published(tmp_path: Path) -> None:
     schema = Schema(tensors=(TensorSpec(name="x", shape=(256,)),))
     write_checkpoint(tmp_path / "base", {"x": np.full(256, -3.4028e38, dtype=np.float32)})
-    # The largest legal scale times 7 is 2^100: only an absurd checkpoint can overflow, here by many rounds of momentum.
-    write_checkpoint(tmp_path / "momentum", {"x": np.full(256, 3e38, dtype=np.float32)})
-    huge = EncodedDelta(
-        schema=schema,
-        codec=CODEC,
-        codes={"x": np.full(128, 0xFF, dtype=np.uint8)},
-        scales={"x": np.array([0x7012], dtype=np.uint16)},
+    # No legal delta is beyond 2^100: only an absurd checkpoint can overflow, here by what earlier rounds left waiting.
+    write_checkpoint(tmp_path / "momentum", {"x": np.zeros(256, dtype=np.float32)})
+    write_checkpoint(tmp_path / "residual", {"x": np.full(256, 2.0**100, dtype=np.float32)})
+    base = OuterState(
+        weights=tmp_path / "base",
+        weights_sha256=bytes(32),
+        momentum=tmp_path / "momentum",
+        residual=tmp_path / "residual",
     )
-    write_container(tmp_path / "huge", huge, UNIT_ID)
-    opened = Container.open(tmp_path / "huge", schema, CODEC, UNIT_ID)
-    item = MergeInput(claim_digest=CLAIMS[0], container=opened, weight=WEIGHT_ONE)
+    rules = MergeRules(outer=OUTER, patch=PATCH, schema=schema)
+    merge_round(base, [], rules, files(tmp_path, "fits"))
+    write_checkpoint(tmp_path / "residual", {"x": np.full(256, 3e38, dtype=np.float32)})
     with pytest.raises(DeltaNotFinite, match="cannot be published"), np.errstate(over="ignore"):
-        merge_round(tmp_path / "base", tmp_path / "momentum", [item], OUTER, tmp_path / "w", tmp_path / "m")
+        merge_round(base, [], rules, files(tmp_path, "out"))
 
 
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=60))

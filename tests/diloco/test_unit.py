@@ -21,7 +21,7 @@ from diloco.tables import Floats, logit_normal_table
 from diloco.unit import DROPOUT_ONE, StepReport, TrainingSpec, UnitResult, UnitSpec, run_unit
 from protocol.errors import TrainingDiverged
 from tests.diloco import golden
-from tests.diloco.examples import CODEC, OTHER_SEED, SEED, TINY, TRAINING, UNIT, UNIT_ID, shard_bytes, shard_set
+from tests.diloco.examples import FINE, OTHER_SEED, SEED, TINY, TRAINING, UNIT, UNIT_ID, shard_bytes, shard_set
 
 BASE = initial_state(TINY, SEED)
 
@@ -41,7 +41,7 @@ def relative_squared_difference(a: dict[str, Floats], b: dict[str, Floats]) -> f
 
 
 def decoded(result: UnitResult, unit: UnitSpec = UNIT) -> dict[str, Floats]:
-    return encode(result.delta, schema_of(TINY), CODEC, unit.seed).decoded()
+    return encode(result.delta, schema_of(TINY), FINE, unit.seed).decoded()
 
 
 def test_a_unit_gives_the_same_bytes_in_two_processes() -> None:
@@ -52,7 +52,7 @@ def test_a_unit_gives_the_same_bytes_in_two_processes() -> None:
 
 
 def test_a_unit_stays_within_tolerance_of_the_one_recorded_on_another_machine() -> None:
-    recorded = Container.open(golden.UNIT_DELTA, schema_of(TINY), CODEC, UNIT_ID)
+    recorded = Container.open(golden.UNIT_DELTA, schema_of(TINY), FINE, UNIT_ID)
     recorded.check_finite()
     expected = {name: recorded.tensor(name) for name in recorded.schema.names}
     # Training bits differ between machines: instruction sets and library versions add in another order. Honest

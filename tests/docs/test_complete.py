@@ -95,7 +95,7 @@ def test_every_kind_of_log_entry_is_documented() -> None:
 def test_every_kind_of_public_file_is_documented() -> None:
     checkpoint = layout.checkpoint_directory(12)
     paths = [layout.RUN_CONFIG, layout.ROOT_KEY, layout.DELEGATION, layout.LATEST, layout.CALIBRATION]
-    paths += [f"{checkpoint}/{path}" for path in (layout.MANIFEST, layout.WEIGHTS, layout.MOMENTUM)]
+    paths += [f"{checkpoint}/{path}" for path in (layout.MANIFEST, layout.PATCH, *layout.STATE)]
     paths += [layout.shard_path("SHA256"), layout.delta_path("SHA256"), layout.log_path(12), layout.metrics_path(12)]
     for path in paths:
         assert f"| `{path}` | " in PAGES_OF["protocol"]

@@ -15,11 +15,13 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+import zstandard
 
 from coordinator.sqlite_store import SqliteStore
 from coordinator.units import AttemptState
 from diloco import NUMERICS
 from diloco.container import expected_header
+from diloco.frames import write_frames
 from protocol import calls
 from protocol.documents import Digest, Lease, LeaseId
 from protocol.errors import (
@@ -32,6 +34,7 @@ from protocol.errors import (
     DeltaNotFinite,
     DeltaOversized,
     DeltaSchemaMismatch,
+    DeltaStreamCorrupt,
     DeltaTruncated,
     DigestMismatch,
     EndpointUntrusted,
@@ -202,8 +205,26 @@ def test_a_claim_that_does_not_bind_its_lease_is_refused(served: LiveRun, folder
             for changes in ({"lease_sha256": ZERO}, {"unit": ZERO}, {"samples": 10**9}):
                 wrong = peer.claim_file(lease, folder / "delta", content, **changes)
                 is_refusal(await refused(peer.submit(wrong)), ClaimMismatch)
-            (folder / "short").write_bytes(b"x")
-            is_refusal(await refused(peer.submit(peer.claim_file(lease, folder / "short"))), ClaimMismatch)
+
+    run(story())
+
+
+def test_a_claim_of_more_bytes_than_the_lease_allows_is_refused_and_one_of_as_many_is_not(
+    served: LiveRun, folder: Path
+) -> None:
+    async def story() -> None:
+        async with connected(served.join) as peer:
+            lease = await peer.lease()
+            (limit,) = lease.artifacts
+            (folder / "large").write_bytes(bytes(limit.max_bytes + 1))
+            error = await refused(peer.submit(peer.claim_file(lease, folder / "large")))
+            is_refusal(error, ClaimMismatch)
+            assert f"at most {limit.max_bytes} bytes" in error.message
+            (folder / "empty").write_bytes(b"")
+            is_refusal(await refused(peer.submit(peer.claim_file(lease, folder / "empty"))), ClaimMismatch)
+            assert attempt_state(served, lease) is AttemptState.LEASED
+            (folder / "largest").write_bytes(bytes(limit.max_bytes))
+            assert await peer.submit(peer.claim_file(lease, folder / "largest"))
 
     run(story())
 
@@ -281,7 +302,7 @@ def test_a_truncated_upload_says_where_it_stopped_and_can_go_on(served: LiveRun,
     run(story())
 
 
-def test_an_oversized_upload_is_cut_at_the_leased_size(served: LiveRun, folder: Path) -> None:
+def test_an_oversized_upload_is_cut_at_the_claimed_size(served: LiveRun, folder: Path) -> None:
     async def story() -> None:
         async with connected(served.join) as peer:
             work = peer.work(await peer.lease(), folder / "delta")
@@ -306,32 +327,61 @@ def test_other_bytes_than_the_claimed_ones_are_thrown_away(served: LiveRun, fold
 
 
 def poisoned(peer: Peer, lease: Lease, folder: Path, kind: str) -> bytes:
-    """Return a delta file of the right size with one thing wrong."""
-    honest = peer.work(lease, folder / "honest").path.read_bytes()
+    """Return a delta file with one thing wrong, in its content or in how it is packed."""
+    raw = peer.work(lease, folder / "honest").path.read_bytes()
+    first = raw.index(zstandard.FRAME_HEADER)  # the frames begin behind their table
+    match kind:
+        case "one byte":
+            return raw[:1]
+        case "no frames":
+            return raw[:first]
+        case "gzip":
+            return gzip.compress(bytes(64 << 20))[: len(raw)].ljust(len(raw), b"\0")
+        case "bomb":
+            return with_first_frame(raw, zstandard.ZstdCompressor().compress(bytes(256 << 20)))
+        case "bomb that announces little":
+            # A frame by hand: its descriptor, a content size of 4 bytes, and a gigabyte in blocks of one repeated byte.
+            announced = zstandard.get_frame_parameters(raw[first:]).content_size.to_bytes(4, "little")
+            blocks = b"\x02\x00\x10\x00" * 8000 + b"\x0b\x00\x00\x00"
+            return with_first_frame(raw, zstandard.FRAME_HEADER + b"\x80\x88" + announced + blocks)
+        case _:
+            path = folder / "poisoned"
+            content = poisoned_content(peer, lease, raw, kind)
+            write_frames(path, len(content), [content])
+            return path.read_bytes()
+
+
+def with_first_frame(raw: bytes, frame: bytes) -> bytes:
+    """Return a delta file whose first frame is another one; the table has its length behind the first 8 bytes."""
+    first = raw.index(zstandard.FRAME_HEADER)
+    second = first + int.from_bytes(raw[8:12], "little")
+    return raw[:8] + len(frame).to_bytes(4, "little") + raw[12:first] + frame + raw[second:]
+
+
+def poisoned_content(peer: Peer, lease: Lease, raw: bytes, kind: str) -> bytearray:
+    """Return the content of a delta with one thing wrong."""
+    content = bytearray(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True).read())
     header = header_of(peer, lease)
     names: dict[str, Any] = json.loads(header[8:])
     scales = next(value for key, value in names.items() if key.endswith(".scales"))
     codes = next(value for key, value in names.items() if key.endswith(".codes"))
-    raw = bytearray(honest)
+    scale, code = (len(header) + entry["data_offsets"][0] for entry in (scales, codes))
     match kind:
         case "nan":
-            start = len(header) + scales["data_offsets"][0]
-            raw[start : start + 2] = np.array([0x7FC0], dtype="<u2").tobytes()
+            content[scale : scale + 2] = np.array([0x7FC0], dtype="<u2").tobytes()
         case "inf":
-            start = len(header) + scales["data_offsets"][0]
-            raw[start : start + 2] = np.array([0x7F80], dtype="<u2").tobytes()
+            content[scale : scale + 2] = np.array([0x7F80], dtype="<u2").tobytes()
         case "illegal code":
-            raw[len(header) + codes["data_offsets"][0]] = 0
+            content[code] = 0xFF
+        case "codes under no scale":
+            content[scale : scale + 2] = bytes(2)
         case "other schema":
-            raw[20] ^= 1
-        case "gzip bomb":
-            bomb = gzip.compress(bytes(64 << 20))
-            raw[: len(bomb)] = bomb[: len(raw)]
+            content[20] ^= 1
         case "66 MB header":
-            raw[:8] = (66 << 20).to_bytes(8, "little")
+            content[:8] = (66 << 20).to_bytes(8, "little")
         case _:
             raise AssertionError(kind)
-    return bytes(raw)
+    return content
 
 
 @pytest.mark.parametrize(
@@ -340,9 +390,14 @@ def poisoned(peer: Peer, lease: Lease, folder: Path, kind: str) -> bytes:
         ("nan", DeltaNotFinite),
         ("inf", DeltaNotFinite),
         ("illegal code", DeltaCodeIllegal),
+        ("codes under no scale", DeltaCodeIllegal),
         ("other schema", DeltaSchemaMismatch),
-        ("gzip bomb", DeltaSchemaMismatch),
         ("66 MB header", DeltaSchemaMismatch),
+        ("one byte", DeltaTruncated),
+        ("no frames", DeltaTruncated),
+        ("gzip", DeltaStreamCorrupt),
+        ("bomb", DeltaStreamCorrupt),
+        ("bomb that announces little", DeltaStreamCorrupt),
     ],
 )
 def test_a_poisonous_delta_is_rejected_for_good(

@@ -124,7 +124,7 @@ def test_only_the_newest_deltas_are_kept_where_the_operator_says_so(folder: Path
             return sorted(path.name for path in (run.directory.public / "deltas").iterdir())
 
         newest = works[-1].claim.artifacts[0].blob_sha256
-        until(lambda: kept() == [f"{newest}.safetensors"], 20, f"pruning (kept {kept()})")
+        until(lambda: kept() == [f"{newest}.safetensors.zst"], 20, f"pruning (kept {kept()})")
         stored = [path.name for path in run.directory.blobs.rglob("*") if path.is_file()]
         assert stored == [newest]
         with closing(SqliteStore.open(run.directory.database)) as store:

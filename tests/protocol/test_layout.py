@@ -12,7 +12,7 @@ def test_public_paths_are_fixed() -> None:
     assert layout.checkpoint_directory(7) == "checkpoints/000007"
     assert layout.checkpoint_directory(1_234_567) == "checkpoints/1234567"
     assert layout.shard_path(digest) == f"shards/{digest}.safetensors"
-    assert layout.delta_path(digest) == f"deltas/{digest}.safetensors"
+    assert layout.delta_path(digest) == f"deltas/{digest}.safetensors.zst"
     assert layout.log_path(7) == "log/000007.jsonl"
     assert layout.metrics_path(7) == "metrics/000007.json"
 

@@ -19,13 +19,13 @@ from benchmarks.simulation.tally import Outcome, interval
 from coordinator import settler
 from coordinator.audits import OPEN_AUDITS
 from diloco.checkpoint import TensorFile
-from diloco.merge import MergeInput, merge_round
+from diloco.merge import MergeFiles, MergeInput, OuterState, merge_round
 from protocol.documents import Digest
-from protocol.layout import MOMENTUM, WEIGHTS
+from protocol.layout import RESIDUAL, WEIGHTS, checkpoint_directory
 from protocol.limits import MINUTE_MS
 from verify.attacks import Delta
 from verify.policy import ONE, assess
-from verify.replay import outer_config
+from verify.replay import merge_rules
 
 STRICT = replace(default_verification(), probation=3, ramp=3, floor=ONE // 4)
 """A quarter of all claims is audited, so that a short run shows what a long one would."""
@@ -126,7 +126,7 @@ class SendsTwoClaimsInTheEnd(Shaper):
 
 
 def test_merged_poison_of_a_banned_owner_is_audited_back_and_leaves_the_weights() -> None:
-    rules = replace(default_verification(), floor=0, weighting="mean", screen_triples=0)
+    rules = replace(default_verification(), floor=0, weighting="mean", screen_triples=0, unmerge_from=0.2)
     small = small_run(seed=bytes(32), units=3, rounds=8, shards=3, steps=2, batch=4, verification=rules)
     window = replace(small.config.rounds, min_window_ms=2 * MINUTE_MS)
     small = replace(small, config=replace(small.config, rounds=window))
@@ -145,7 +145,8 @@ def test_merged_poison_of_a_banned_owner_is_audited_back_and_leaves_the_weights(
         simulation.play(until=taken_out)
         (eve,) = simulation.outcome().hostile
         last = simulation.office.published()
-        with_poison_taken_out = physics.weights(last)
+        place = folder / "physics" / checkpoint_directory(last)
+        with_poison_taken_out = due(place / WEIGHTS, place / RESIDUAL)
         without_it = merged_without("eve", simulation, physics, folder)
         simulation.office.close()
     assert eve.merged == eve.unmerged == 2
@@ -159,17 +160,15 @@ def taken_out(simulation: Simulation) -> bool:
 
 
 def merged_without(owner: str, simulation: Simulation, physics: RealPhysics, folder: Path) -> Delta:
-    """Merge every round again, with the same weights, but nothing of one owner's."""
-    place = folder / "physics" / "checkpoints" / "000000"
+    """Merge every round again, with the same weights, but nothing of one owner's; what patches still owe included."""
+    genesis = folder / "physics" / checkpoint_directory(0) / WEIGHTS
+    state = OuterState(weights=genesis, weights_sha256=bytes(32), momentum=None, residual=None)
     for number in range(1, simulation.office.published() + 1):
         found = simulation.office.store.round(number)
         assert found is not None
-        out = folder / f"without-{number}"
-        for path in (WEIGHTS, MOMENTUM):
-            (out / path).parent.mkdir(parents=True, exist_ok=True)
+        out = MergeFiles(**{name: folder / f"without-{number}.{name}" for name in MergeFiles.__slots__})
         merge_round(
-            place / WEIGHTS,
-            place / MOMENTUM if number > 1 else None,
+            state,
             [
                 MergeInput(
                     claim_digest=bytes.fromhex(entry.claim),
@@ -179,12 +178,18 @@ def merged_without(owner: str, simulation: Simulation, physics: RealPhysics, fol
                 for entry in found.merge
                 if simulation.truths[Digest(entry.claim)].owner != owner
             ],
-            outer_config(simulation.office.config),
-            out / WEIGHTS,
-            out / MOMENTUM,
+            merge_rules(simulation.office.config),
+            out,
         )
-        place = out
-    return TensorFile.open(place / WEIGHTS).load()
+        state = OuterState(weights=out.weights, weights_sha256=bytes(32), momentum=out.momentum, residual=out.residual)
+    assert state.residual is not None
+    return due(state.weights, state.residual)
+
+
+def due(weights: Path, residual: Path) -> Delta:
+    """Return where a run stands once all that waits has been delivered."""
+    waiting = TensorFile.open(residual).load()
+    return {name: values - waiting.get(name, np.float32(0)) for name, values in TensorFile.open(weights).load().items()}
 
 
 def distance(a: Delta, b: Delta) -> float:

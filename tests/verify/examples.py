@@ -11,7 +11,7 @@ from diloco import NUMERICS
 from diloco.checkpoint import TensorFile, write_checkpoint
 from diloco.container import Container, write_container
 from diloco.genesis import initial_state
-from diloco.merge import MergeInput, UnmergeInput, merge_round
+from diloco.merge import MergeFiles, MergeInput, OuterState, UnmergeInput, merge_round
 from diloco.shards import Shard, ShardInfo, ShardSet, write_shard
 from diloco.weigh import weigh_delta
 from mmdit.conditioning import ConditioningConfig, encode_caption
@@ -31,6 +31,7 @@ from protocol.documents import (
     Manifest,
     MergeEntry,
     OuterStep,
+    Patch,
     Rounds,
     RunConfig,
     RunId,
@@ -48,7 +49,7 @@ from protocol.keys import PrivateKey
 from protocol.log import EMPTY_LOG_HEAD, LogEntry, log_line, next_head
 from verify.admission import file_sha256
 from verify.policy import ONE, weigh_seed
-from verify.replay import codec_config, delta_schema, outer_config, replay_unit, unit_samples
+from verify.replay import codec_config, delta_schema, merge_rules, replay_unit, unit_samples
 from verify.weights import Candidate, merge_weights
 
 ROOT = PrivateKey.from_seed(b"\x01" * 32)
@@ -147,7 +148,8 @@ def run_config(genesis_sha256: str, verification: Verification = REPLAY) -> RunC
             segment_steps=3,
             precision="fp32",
         ),
-        codec=Codec(kind="dither4", block=256),
+        codec=Codec(kind="dither", levels=1, block=256, reach=704, width=128),
+        patch=Patch(kind="dead-zone", block=1024, threshold=256),
         outer=OuterStep(lr=0.7, momentum=0.9),
         rounds=Rounds(
             planned=2,
@@ -264,18 +266,27 @@ def publish_run(
 
 def _merge(run: PublishedRun, number: int, merged: Sequence[MergeEntry], removed: Sequence[UnmergeEntry]) -> None:
     base, place = run.checkpoint(number - 1), run.checkpoint(number)
-    for path in (layout.WEIGHTS, layout.MOMENTUM):
-        (place / path).parent.mkdir(parents=True)
+    for path in (*layout.STATE, layout.PATCH):
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+    weights = base / layout.WEIGHTS
     merge_round(
-        base / layout.WEIGHTS,
-        base / layout.MOMENTUM if number > 1 else None,
+        OuterState(
+            weights=weights,
+            weights_sha256=bytes.fromhex(file_sha256(weights)),
+            momentum=base / layout.MOMENTUM if number > 1 else None,
+            residual=base / layout.RESIDUAL if number > 1 else None,
+        ),
         [
             MergeInput(claim_digest=bytes.fromhex(entry.claim), container=_container(run, entry), weight=entry.weight)
             for entry in merged
         ],
-        outer_config(run.config),
-        place / layout.WEIGHTS,
-        place / layout.MOMENTUM,
+        merge_rules(run.config),
+        MergeFiles(
+            weights=place / layout.WEIGHTS,
+            momentum=place / layout.MOMENTUM,
+            residual=place / layout.RESIDUAL,
+            patch=place / layout.PATCH,
+        ),
         unmerge=[
             UnmergeInput(
                 container=_container(run, entry), weight=entry.weight, rounds_ago=number - 1 - entry.checkpoint
@@ -365,11 +376,12 @@ def _manifest(
     write_description(place, config=MODEL, conditioning=CONDITIONING, space=SPACE)
     _write_papers(place, run.config)
     paths = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
-    roles = {layout.WEIGHTS: layout.ROLE_WEIGHTS, layout.MOMENTUM: layout.ROLE_MOMENTUM}
+    roles = layout.STATE_ROLES
     return Manifest(
         run=RUN,
         config_sha256=digest_of(run.config),
         checkpoint=number,
+        snapshot=number,
         previous_manifest_sha256=None,
         outer=run.config.outer,
         weigh_seed=_weigh_seed(run, number),

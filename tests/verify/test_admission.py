@@ -1,12 +1,15 @@
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from diloco.container import expected_header
+from diloco.frames import FRAME, write_frames
 from protocol import layout
 from protocol.documents import Artifact
 from protocol.errors import (
@@ -16,6 +19,7 @@ from protocol.errors import (
     DeltaNotFinite,
     DeltaOversized,
     DeltaSchemaMismatch,
+    DeltaStreamCorrupt,
     DeltaTruncated,
     DigestMismatch,
 )
@@ -34,6 +38,7 @@ class Received:
 
     def __init__(self, run: PublishedRun, path: Path) -> None:
         self.config = run.config
+        self.schema, self.codec = delta_schema(run.config), codec_config(run.config)
         entry = run.manifest(1).merged[0]
         self.unit = entry.unit
         self.path = path
@@ -41,10 +46,16 @@ class Received:
         self.honest = Artifact(
             role="delta", content_sha256=entry.content_sha256, blob_sha256=entry.blob_sha256, size=entry.size
         )
-        self.header = len(expected_header(delta_schema(run.config), codec_config(run.config), bytes.fromhex(self.unit)))
-        self.codes = self.header + 2 * sum(
-            codec_config(run.config).num_blocks(spec.num_elements) for spec in delta_schema(run.config).tensors
-        )
+        self.header = len(expected_header(self.schema, self.codec, bytes.fromhex(self.unit)))
+        self.codes = self.header + 2 * sum(self.codec.num_blocks(spec.num_elements) for spec in self.schema.tensors)
+
+    @contextmanager
+    def content(self) -> Iterator[bytearray]:
+        """Give the unpacked content to be spoilt, and pack it again as a writer would."""
+        content = bytearray(zstandard.ZstdDecompressor().stream_reader(bytes(self.raw), read_across_frames=True).read())
+        yield content
+        write_frames(self.path, len(content), [content])
+        self.raw = bytearray(self.path.read_bytes())
 
     def admit(self, *, unit: str | None = None) -> None:
         """Admit the bytes under a claim whose size and SHA-256 are theirs."""
@@ -56,6 +67,15 @@ class Received:
 def test_an_honest_delta_is_admitted(delta: Received) -> None:
     delta.path.write_bytes(delta.raw)
     admit_delta(delta.path, config=delta.config, unit=delta.unit, artifact=delta.honest)
+
+
+def test_an_honest_delta_that_another_compressor_packed_is_admitted_too(delta: Received) -> None:
+    plain = zstandard.ZstdDecompressor().stream_reader(bytes(delta.raw), read_across_frames=True).read()
+    assert len(plain) < FRAME
+    packed = zstandard.ZstdCompressor(level=19, write_checksum=True).compress(plain)
+    delta.raw = delta.raw[:8] + len(packed).to_bytes(4, "little") + packed
+    assert hashlib.sha256(delta.raw).hexdigest() != delta.honest.blob_sha256
+    delta.admit()
 
 
 def _truncate(delta: Received) -> None:
@@ -70,50 +90,94 @@ def _append(delta: Received) -> None:
     delta.raw += b"\0"
 
 
+def _no_table(delta: Received) -> None:
+    delta.raw[0] ^= 1
+
+
+def _no_frame(delta: Received) -> None:
+    delta.raw[12] ^= 1
+
+
+def _bomb(delta: Received) -> None:
+    bomb = zstandard.ZstdCompressor().compress(bytes(2**27))
+    delta.raw[8:] = len(bomb).to_bytes(4, "little") + bomb
+
+
+def _uncompressed(delta: Received) -> None:
+    with delta.content() as content:
+        plain = content
+    delta.raw = plain
+
+
+def _other_length(delta: Received) -> None:
+    with delta.content() as content:
+        content += b"\0"
+
+
 def _huge_header(delta: Received) -> None:
-    delta.raw[:8] = struct.pack("<Q", 66 * 2**20)
+    with delta.content() as content:
+        content[:8] = struct.pack("<Q", 66 * 2**20)
 
 
 def _other_name(delta: Received) -> None:
-    position = delta.raw.index(b"norm_out")
-    delta.raw[position : position + 4] = b"mron"
+    with delta.content() as content:
+        position = content.index(b"norm_out")
+        content[position : position + 4] = b"mron"
 
 
 def _nan_scale(delta: Received) -> None:
-    delta.raw[delta.header : delta.header + 2] = b"\xc0\x7f"
+    with delta.content() as content:
+        content[delta.header : delta.header + 2] = b"\xc0\x7f"
 
 
 def _infinite_scale(delta: Received) -> None:
-    delta.raw[delta.codes - 2 : delta.codes] = b"\x80\x7f"
+    with delta.content() as content:
+        content[delta.codes - 2 : delta.codes] = b"\x80\x7f"
 
 
 def _negative_scale(delta: Received) -> None:
-    delta.raw[delta.header + 1] |= 0x80
+    with delta.content() as content:
+        content[delta.header + 1] |= 0x80
 
 
 def _illegal_code(delta: Received) -> None:
-    delta.raw[delta.codes] &= 0xF0
+    with delta.content() as content:
+        content[delta.codes] = delta.codec.packing.values
 
 
 def _illegal_last_code(delta: Received) -> None:
-    delta.raw[-1] &= 0x0F
+    with delta.content() as content:
+        content[-1] = 0xFF
+
+
+def _padding(delta: Received) -> None:
+    assert delta.schema.tensors[-1].num_elements % delta.codec.packing.digits
+    with delta.content() as content:
+        content[-1] = 0
 
 
 def _other_content(delta: Received) -> None:
-    delta.raw[delta.codes + 100] = 0x9F if delta.raw[delta.codes + 100] != 0x9F else 0x8F
+    with delta.content() as content:
+        content[delta.codes] = (content[delta.codes] + 1) % delta.codec.packing.values
 
 
 SPOILED = [
     pytest.param(_truncate, DeltaTruncated, id="one byte too short"),
     pytest.param(_empty, DeltaTruncated, id="empty"),
     pytest.param(_append, DeltaOversized, id="one byte too long"),
+    pytest.param(_no_table, DeltaStreamCorrupt, id="no table of frames"),
+    pytest.param(_no_frame, DeltaStreamCorrupt, id="a frame that is none"),
+    pytest.param(_bomb, DeltaStreamCorrupt, id="a stream of 128 MB"),
+    pytest.param(_uncompressed, DeltaStreamCorrupt, id="not compressed"),
+    pytest.param(_other_length, DeltaStreamCorrupt, id="one byte of content too many"),
     pytest.param(_huge_header, DeltaSchemaMismatch, id="a header of 66 MB"),
     pytest.param(_other_name, DeltaSchemaMismatch, id="a tensor of another name"),
     pytest.param(_nan_scale, DeltaNotFinite, id="NaN"),
     pytest.param(_infinite_scale, DeltaNotFinite, id="infinity in the last scale"),
     pytest.param(_negative_scale, DeltaCodeIllegal, id="a negative scale"),
-    pytest.param(_illegal_code, DeltaCodeIllegal, id="a code that no encoder writes"),
-    pytest.param(_illegal_last_code, DeltaCodeIllegal, id="such a code at the very end"),
+    pytest.param(_illegal_code, DeltaCodeIllegal, id="a byte that no encoder writes"),
+    pytest.param(_illegal_last_code, DeltaCodeIllegal, id="such a byte at the very end"),
+    pytest.param(_padding, DeltaCodeIllegal, id="padding that is not zero"),
     pytest.param(_other_content, ContentMismatch, id="another content than claimed"),
 ]
 
@@ -136,7 +200,9 @@ def test_bytes_that_differ_from_the_claim_are_refused_before_their_content_is_re
     _nan_scale(delta)
     delta.path.write_bytes(delta.raw)
     with pytest.raises(DigestMismatch):
-        admit_delta(delta.path, config=delta.config, unit=delta.unit, artifact=delta.honest)
+        admit_delta(
+            delta.path, config=delta.config, unit=delta.unit, artifact=replace(delta.honest, size=len(delta.raw))
+        )
 
 
 @pytest.mark.parametrize(("more", "refusal"), [(1, DeltaTruncated), (-1, DeltaOversized)])

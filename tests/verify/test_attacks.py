@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks.procedural import MODEL, UNCHECKED, SmallRun, small_run, trained_weights
-from diloco.codec import CodecConfig, EncodedDelta, encode
+from diloco.codec import CodecConfig, EncodedDelta, bf16_to_f32, dither, encode
 from diloco.container import Container, write_container
 from diloco.schema import Schema, TensorSpec
+from diloco.streams import Stream
 from diloco.unit import run_unit
 from protocol.documents import Artifact
 from protocol.errors import DeltaNotFinite
@@ -92,10 +93,18 @@ class Court:
         return norm({n: values - honest[n] for n, values in forged.decoded().items()}) / norm(honest)
 
 
+def court_of(levels: int, folder: Path) -> Court:
+    return Court(small_run(seed=SEED, units=2, rounds=4, shards=8, levels=levels, verification=RULES), folder)
+
+
 @pytest.fixture(scope="module")
 def court(tmp_path_factory: pytest.TempPathFactory) -> Court:
-    run = small_run(seed=SEED, units=2, rounds=4, shards=8, verification=RULES)
-    return Court(run, tmp_path_factory.mktemp("court"))
+    return court_of(1, tmp_path_factory.mktemp("court"))
+
+
+@pytest.fixture(scope="module")
+def fine_court(tmp_path_factory: pytest.TempPathFactory) -> Court:
+    return court_of(7, tmp_path_factory.mktemp("fine court"))
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +130,17 @@ def test_an_attacker_who_knows_no_other_delta_forges_from_its_own_and_is_refuted
     assert court.judged(ATTACKS[name].forge(court.world())) == "refuted"
 
 
+def test_what_is_confirmed_and_refuted_of_ternary_codes_is_of_seven_levels_too(fine_court: Court) -> None:
+    repeated = fine_court.train(0, parts=4)
+    seed = fine_court.unit.spec.seed
+    assert fine_court.judged(encode(repeated, fine_court.schema, fine_court.codec, seed)) == "confirmed"
+    for name in CAUGHT:
+        assert fine_court.judged(ATTACKS[name].forge(fine_court.world())) == "refuted", name
+    hidden = ATTACKS["hide-in-dither"].forge(fine_court.world())
+    assert fine_court.judged(hidden) == "confirmed"
+    assert 0.0 < fine_court.change(hidden) <= CODE_TOLERANCE**0.5
+
+
 @pytest.mark.parametrize("name", ["ride-tolerance", "hide-in-dither"])
 def test_an_attack_that_hides_in_the_tolerance_passes_and_moves_next_to_nothing(court: Court, name: str) -> None:
     forged = ATTACKS[name].forge(court.world())
@@ -132,6 +152,17 @@ def test_needlessly_coarse_scales_are_refuted(court: Court) -> None:
     for doublings in (1, 2):
         forged = encode_coarsely(court.own, court.schema, court.codec, court.unit.spec.seed, doublings=doublings)
         assert court.judged(forged) == "refuted"
+
+
+@pytest.mark.parametrize("levels", [1, 7])
+def test_coarse_scales_hold_what_is_far_out_to_the_largest_code_as_the_encoder_does(levels: int) -> None:
+    schema = Schema(tensors=(TensorSpec(name="a", shape=(256,)),))
+    codec = CodecConfig(kind="dither", levels=levels, block=256, reach=704, width=128)
+    own = {"a": np.array([100.0, -100.0] + [1.0, -1.0] * 127, dtype=np.float32)}
+    coarse = encode_coarsely(own, schema, codec, SEED, doublings=2).decoded()["a"]
+    honest = encode(own, schema, codec, SEED).decoded()["a"]
+    assert coarse[:2].tolist() == (4 * honest[:2]).tolist()
+    assert np.abs(coarse).max() == coarse[0]
 
 
 @pytest.mark.parametrize("name", ["nan", "huge"])
@@ -225,9 +256,10 @@ def test_hiding_spends_its_whole_room_and_gets_further_than_riding(court: Court)
     assert along(hidden) > 3 * along(riding) > 0
 
 
-def test_no_choice_of_moves_is_better_than_the_one_that_hiding_finds() -> None:
+@pytest.mark.parametrize("levels", [1, 7])
+def test_no_choice_of_moves_is_better_than_the_one_that_hiding_finds(levels: int) -> None:
     schema = Schema(tensors=(TensorSpec(name="a", shape=(12,)),))
-    codec = CodecConfig(kind="dither4", block=16)
+    codec = CodecConfig(kind="dither", levels=levels, block=16, reach=1280, width=256)
     random = np.random.default_rng(4)
     own = {"a": random.standard_normal(12).astype(np.float32)}
     towards = {"a": random.standard_normal(12).astype(np.float32)}
@@ -252,15 +284,18 @@ def test_no_choice_of_moves_is_better_than_the_one_that_hiding_finds() -> None:
 
 
 def _raw_cost(own: Delta, towards: Delta, schema: Schema, codec: CodecConfig, element: int) -> float:
-    """The squared raw distance of moving one code, found by bisecting the encoder itself."""
-    before = encode(own, schema, codec, SEED)
+    """The squared raw distance of moving one code under the block's scale, found by bisecting the encoder's rule."""
+    scale = bf16_to_f32(encode(own, schema, codec, SEED).scales["a"])[0]
+    uniform = dither(Stream(SEED, "dither"), 0, 0, 16, codec.width)[element]
+
+    def code(moved: float) -> float:
+        return float(np.floor(np.float32(moved) / scale + uniform))
+
+    value, way = float(own["a"][element]), float(np.sign(towards["a"][element]))
     low, high = 0.0, 2.0 * float(np.max(np.abs(own["a"])))
     for _ in range(60):
         middle = (low + high) / 2
-        moved = {"a": own["a"].copy()}
-        moved["a"][element] += np.float32(np.sign(towards["a"][element]) * middle)
-        after = encode(moved, schema, codec, SEED)
-        changed = after.codes["a"][element // 2] != before.codes["a"][element // 2]
+        changed = code(value + way * middle) != code(value)
         low, high = (low, middle) if changed else (middle, high)
     return high**2
 

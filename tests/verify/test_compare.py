@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diloco.codec import CodecConfig, EncodedDelta, bf16_to_f32, encode
+from diloco.codec import CodecConfig, EncodedDelta, bf16_to_f32, bf16_upward, dither, encode
 from diloco.container import Container, write_container
+from diloco.packing import Signed
 from diloco.schema import Schema, TensorSpec
 from diloco.sketch import sketch
+from diloco.streams import Stream
 from diloco.tables import Floats
-from tests.diloco.examples import CODEC, OTHER_SEED, SCHEMA, SEED, UNIT_ID, delta, normals
+from tests.diloco.examples import CODEC, FINE, OTHER_SEED, SCHEMA, SEED, UNIT_ID, delta, normals
 from tests.verify.examples import REPLAY
 from verify.compare import (
     Comparison,
@@ -25,6 +27,7 @@ from verify.compare import (
 OWN = delta(0)
 NORM = math.sqrt(sum(float(np.sum(values.astype(np.float64) ** 2)) for values in OWN.values()))
 ONE_BLOCK = Schema(tensors=(TensorSpec(name="x", shape=(256,)),))
+each_codec = pytest.mark.parametrize("codec", [CODEC, FINE], ids=["ternary", "7 levels"])
 
 
 def sent(directory: Path, encoded: EncodedDelta) -> Container:
@@ -44,84 +47,125 @@ def compared(directory: Path, theirs: Mapping[str, Floats], codec: CodecConfig =
     return compare(sent(directory, encode(theirs, SCHEMA, codec, SEED)), own, OWN, SEED)
 
 
+@pytest.mark.parametrize("levels", [1, 2, 7, 31, 127])
 @pytest.mark.parametrize("block", [16, 256, 65_536])
-def test_equal_results_do_not_differ_in_the_least(tmp_path: Path, block: int) -> None:
-    codec = CodecConfig(kind="dither4", block=block)
+@pytest.mark.parametrize(("reach", "width"), [(704, 128), (1280, 256), (256, 0)])
+def test_equal_results_do_not_differ_in_the_least(
+    tmp_path: Path, block: int, levels: int, reach: int, width: int
+) -> None:
+    codec = CodecConfig(kind="dither", levels=levels, block=block, reach=reach, width=width)
     assert compared(tmp_path, OWN, codec) == Comparison(raw_difference=0.0, code_difference=0.0)
 
 
+@pytest.mark.parametrize("levels", [1, 7, 31, 127])
+def test_what_the_encoder_s_own_rounding_lifts_over_a_boundary_does_not_count(tmp_path: Path, levels: int) -> None:
+    """Values a hair below the boundary between two codes, where fp32 rounds their quotient or sum up to it, or not."""
+    schema = Schema(tensors=(TensorSpec(name="x", shape=(65_536,)),))
+    codec = CodecConfig(kind="dither", levels=levels, block=256, reach=1280, width=256)
+    random = np.random.default_rng(levels)
+    x = random.standard_normal(65_536).astype(np.float32)
+    uniform = dither(Stream(SEED, "dither"), 0, 0, 65_536, codec.width).astype(np.float64)
+    for _ in range(4):
+        # Moving values to their boundaries moves the mean, and with it the scale: after a few turns it stays.
+        steps = np.repeat(bf16_to_f32(encode({"x": x}, schema, codec, SEED).scales["x"]), 256).astype(np.float64)
+        boundary = (np.floor(x / steps + uniform) - uniform) * steps
+        below = np.nextafter(boundary.astype(np.float32), np.float32(-np.inf))
+        x = np.where(np.arange(65_536) % 2, below, boundary.astype(np.float32))
+    theirs = sent(tmp_path, encode({"x": x}, schema, codec, SEED))
+    assert least_raw_difference(theirs, {"x": x}, SEED) == 0.0
+
+
+@each_codec
 @pytest.mark.parametrize("relative", [1e-4, 1e-3, 1e-2, 0.1])
 def test_the_least_raw_difference_is_at_most_the_true_one_however_loud_the_dither(
-    tmp_path: Path, relative: float
+    tmp_path: Path, relative: float, codec: CodecConfig
 ) -> None:
-    found = compared(tmp_path, disturbed(relative))
+    found = compared(tmp_path, disturbed(relative), codec)
     assert found.raw_difference <= relative * 1.001
-    # Only what crossed a boundary of its code can be seen: a share of the elements that is itself in proportion.
-    assert found.raw_difference > 0.3 * relative**1.5
+    # Only what crossed a boundary of its code can be seen: a share of the elements that is itself in proportion, and
+    # to the size of a step inversely.
+    assert found.raw_difference > 0.3 * relative**1.5 / (FINE.levels / codec.levels) ** 0.5
     # Codes flip by whole steps: the norm of their difference falls with the square root of the raw one only.
     assert 0.1 * relative < found.code_difference < 5.0 * relative
 
 
-def test_another_unit_is_told_apart_by_both_differences(tmp_path: Path) -> None:
-    found = compared(tmp_path, delta(1))
+@each_codec
+def test_another_unit_is_told_apart_by_both_differences(tmp_path: Path, codec: CodecConfig) -> None:
+    found = compared(tmp_path, delta(1), codec)
     assert found.raw_difference > 0.5
     assert found.code_difference > 1.0
 
 
-def test_codes_under_another_dither_are_far_from_any_that_the_unit_could_give(tmp_path: Path) -> None:
-    theirs = sent(tmp_path, encode(OWN, SCHEMA, CODEC, OTHER_SEED))
+@each_codec
+def test_codes_under_another_dither_are_far_from_any_that_the_unit_could_give(
+    tmp_path: Path, codec: CodecConfig
+) -> None:
+    theirs = sent(tmp_path, encode(OWN, SCHEMA, codec, OTHER_SEED))
     assert least_raw_difference(theirs, OWN, SEED) > 0.02
 
 
-def test_one_forged_code_costs_what_its_interval_says(tmp_path: Path) -> None:
+def with_codes(encoded: EncodedDelta, numbers: Signed) -> EncodedDelta:
+    return replace(encoded, codes={"x": encoded.codec.packing.pack(numbers)})
+
+
+def codes_of(encoded: EncodedDelta) -> Signed:
+    return encoded.codec.packing.unpack(encoded.codes["x"], 256)
+
+
+@pytest.mark.parametrize(("codec", "steps"), [(FINE, 3), (FINE, -5), (CODEC, 2), (CODEC, -2)])
+def test_one_forged_code_costs_what_its_interval_says(tmp_path: Path, codec: CodecConfig, steps: int) -> None:
     raw = {"x": normals("x", (256,), 1e-3)}
-    honest = encode(raw, ONE_BLOCK, CODEC, SEED)
+    honest = encode(raw, ONE_BLOCK, codec, SEED)
     step = float(bf16_to_f32(honest.scales["x"])[0])
-    codes = honest.codes["x"].copy()
-    place = int(np.flatnonzero(codes & 15 == 8)[0])
-    codes[place] += 3  # the low half: element 2 * place counts three steps more
-    forged = sent(tmp_path, replace(honest, codes={"x": codes}))
+    numbers = codes_of(honest)
+    # From one side to the other: the code counts so many steps more, or less.
+    place = int(np.flatnonzero(numbers == -np.sign(steps))[0])
+    numbers[place] += steps
+    forged = sent(tmp_path, with_codes(honest, numbers))
     size = math.sqrt(float(np.sum(raw["x"].astype(np.float64) ** 2)))
     found = least_raw_difference(forged, raw, SEED) * size / step
-    # The code says up to one step less than it decodes to, or up to one more; the raw value lay within a step of zero.
-    assert 2.0 <= found <= 3.0
-    assert code_difference(forged, honest) == pytest.approx((3 * step) ** 2 / _norm2(honest))
+    # Each code stands for an interval that is one step wide: a move of n steps crosses all between the two.
+    assert abs(steps) - 1 <= found <= abs(steps)
+    assert code_difference(forged, honest) == pytest.approx((steps * step) ** 2 / _norm2(honest))
 
 
 def _norm2(encoded: EncodedDelta) -> float:
     return sum(float(np.sum(values.astype(np.float64) ** 2)) for values in encoded.decoded().values())
 
 
-def test_a_scale_that_is_too_large_for_its_codes_is_noticed(tmp_path: Path) -> None:
-    """Coarse scales make the dither louder, and so the room for poison wider, though every code fits its interval."""
+@each_codec
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 2.0])
+def test_a_scale_that_is_not_that_of_the_raw_delta_is_noticed(
+    tmp_path: Path, codec: CodecConfig, factor: float
+) -> None:
+    """Coarse scales make the rounding louder, and so the room for poison wider, though every code fits its interval."""
     raw = {"x": normals("x", (256,), 1e-3)}
-    honest = encode(raw, ONE_BLOCK, CODEC, SEED)
-    doubled = {"x": raw["x"].copy()}
-    doubled["x"][17] = np.float32(2.0) * np.max(np.abs(raw["x"]))
-    louder = encode(doubled, ONE_BLOCK, CODEC, SEED)
-    codes = louder.codes["x"].copy()
-    codes[17 // 2] = codes[17 // 2] & 15 | (honest.codes["x"][17 // 2] & 0xF0)
-    forged = sent(tmp_path, replace(louder, codes={"x": codes}))
-    largest = float(np.max(np.abs(raw["x"])))
-    size = math.sqrt(float(np.sum(raw["x"].astype(np.float64) ** 2)))
-    # Some element must have been nearly twice as large as any of the referee's.
-    assert least_raw_difference(forged, raw, SEED) * size > 0.9 * largest
+    honest = encode(raw, ONE_BLOCK, codec, SEED)
+    scales = bf16_upward((bf16_to_f32(honest.scales["x"]) * np.float32(factor)).astype(np.float32))
+    uniform = dither(Stream(SEED, "dither"), 0, 0, 256, codec.width)
+    numbers = np.floor(raw["x"] / bf16_to_f32(scales) + uniform)
+    numbers = np.clip(numbers, -codec.levels, codec.levels).astype(np.int8)
+    forged = sent(tmp_path, replace(with_codes(honest, numbers), scales={"x": scales}))
+    # To change the mean magnitude by a share of itself takes that share of a normal delta's norm, times sqrt(2 / pi).
+    assert least_raw_difference(forged, raw, SEED) > 0.75 * abs(factor - 1.0)
 
 
-def test_a_silent_block_must_have_been_silent(tmp_path: Path) -> None:
+@each_codec
+def test_a_silent_block_must_have_been_silent(tmp_path: Path, codec: CodecConfig) -> None:
     raw = {"x": normals("x", (256,), 1e-3)}
     zeros = {"x": np.zeros(256, dtype=np.float32)}
-    silent = sent(tmp_path, encode(zeros, ONE_BLOCK, CODEC, SEED))
+    silent = sent(tmp_path, encode(zeros, ONE_BLOCK, codec, SEED))
     assert least_raw_difference(silent, raw, SEED) == pytest.approx(1.0)
     assert least_raw_difference(silent, zeros, SEED) == 0.0
-    loud = sent(tmp_path, encode(raw, ONE_BLOCK, CODEC, SEED))
+    loud = sent(tmp_path, encode(raw, ONE_BLOCK, codec, SEED))
     assert math.isfinite(least_raw_difference(loud, zeros, SEED))
 
 
-def test_sketches_estimate_the_difference_of_codes(tmp_path: Path) -> None:
-    own = encode(OWN, SCHEMA, CODEC, SEED)
+@each_codec
+def test_sketches_estimate_the_difference_of_codes(tmp_path: Path, codec: CodecConfig) -> None:
+    own = encode(OWN, SCHEMA, codec, SEED)
     for relative in (1e-3, 0.1):
-        theirs = sent(tmp_path, encode(disturbed(relative), SCHEMA, CODEC, SEED))
+        theirs = sent(tmp_path, encode(disturbed(relative), SCHEMA, codec, SEED))
         estimate = sketch_difference(sketch(theirs.decoded_chunks(), SEED), sketch(own.decoded_chunks(), SEED))
         assert estimate == pytest.approx(code_difference(theirs, own), rel=0.3)
     zero = np.zeros(1024, dtype=np.float32)

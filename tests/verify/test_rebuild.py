@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from diloco import NUMERICS
+from diloco.frames import write_frames
 from mmdit.export import load_checkpoint
 from protocol import layout
 from protocol.assignment import member_of, unit_id
@@ -49,7 +51,7 @@ def test_what_was_rebuilt_can_be_drawn_from_and_nothing_else_is_left(published: 
     assert load_checkpoint(report.directory).config.num_layers == 2
     left = {path.relative_to(report.directory).as_posix() for path in report.directory.rglob("*") if path.is_file()}
     assert left == {
-        layout.WEIGHTS, layout.MOMENTUM, "transformer/config.json", "scheduler/scheduler_config.json",
+        *layout.STATE, "transformer/config.json", "scheduler/scheduler_config.json",
         "commonweight.json",
     }  # fmt: skip
 
@@ -266,11 +268,11 @@ def test_a_delta_that_the_rules_refuse_is_found_even_if_the_coordinator_signed_f
 ) -> None:
     entry = mirror.manifest(1).merged[0]
     path = mirror.public / layout.delta_path(entry.blob_sha256)
-    raw = bytearray(path.read_bytes())
-    raw[-1] = 0
-    path.write_bytes(raw)
+    plain = bytearray(zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read())
+    plain[-1] = 0xFF  # no five trits
+    write_frames(path, len(plain), [plain])
     illegal = path.rename(mirror.public / layout.delta_path(file_sha256(path)))
-    mirror.forge(1, _with_entry(0, blob_sha256=file_sha256(illegal)))
+    mirror.forge(1, _with_entry(0, blob_sha256=file_sha256(illegal), size=illegal.stat().st_size))
     with pytest.raises(BytesRefused, match=illegal.name) as caught:
         rebuild(mirror.public, tmp_path / "out", run=RUN)
     assert caught.value.code == "DELTA_CODE_ILLEGAL"

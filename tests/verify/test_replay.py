@@ -5,6 +5,7 @@ import pytest
 
 from diloco import NUMERICS
 from diloco.checkpoint import TensorFile
+from diloco.codec import CodecConfig
 from diloco.container import Container
 from diloco.schema import schema_of
 from protocol import layout
@@ -36,7 +37,7 @@ def test_a_run_config_becomes_what_the_model_and_the_merge_compute_with() -> Non
     assert conditioning_config(CONFIG) == CONDITIONING
     assert pixel_space(CONFIG) == SPACE
     assert delta_schema(CONFIG).digest == schema_of(MODEL).digest
-    assert (codec_config(CONFIG).kind, codec_config(CONFIG).block) == ("dither4", 256)
+    assert codec_config(CONFIG) == CodecConfig(kind="dither", levels=1, block=256, reach=704, width=128)
     assert (outer_config(CONFIG).lr, outer_config(CONFIG).momentum) == (0.7, 0.9)
     assert unit_samples(CONFIG) == 24
 

@@ -117,7 +117,7 @@ def forged(attempt: Attempt, container: bytes, content_sha256: str, key: Private
 
     assert attempt.claim is not None
     (artifact,) = attempt.claim.artifacts
-    other = replace(artifact, blob_sha256=sha256_hex(container), content_sha256=content_sha256)
+    other = replace(artifact, blob_sha256=sha256_hex(container), content_sha256=content_sha256, size=len(container))
     claim = replace(attempt.claim, artifacts=(other,), trail_root="ee" * 32)
     envelope = sign(claim, key)
     return Attempt(

@@ -55,6 +55,7 @@ def publish_checkpoint(public: Path, run: RunId, config: RunConfig, key: Private
         run=run,
         config_sha256=digest_of(config),
         checkpoint=number,
+        snapshot=number,
         previous_manifest_sha256="00" * 32 if number else None,
         outer=config.outer,
         weigh_seed=None,

@@ -15,7 +15,7 @@ import grpc.aio
 import numpy as np
 
 from diloco import NUMERICS
-from diloco.container import Container, container_size
+from diloco.container import Container, largest_container
 from protocol import calls
 from protocol.assignment import unit_id, unit_seed, unit_shards
 from protocol.canonical import sha256_hex
@@ -175,7 +175,7 @@ class SmallRun(SmallAudits):
 
     def make_lease(self, device: str, index: int) -> Lease:
         unit = unit_id(digest_of(self.config), 1, index)
-        size = container_size(delta_schema(self.config), codec_config(self.config), bytes.fromhex(unit))
+        size = largest_container(delta_schema(self.config), codec_config(self.config))
         return Lease(
             run=self.run,
             config_sha256=digest_of(self.config),

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from diloco.codec import encode
-from diloco.container import Container, write_container
+from diloco.container import Container, largest_container, write_container
+from diloco.frames import write_frames
 from protocol import calls
 from protocol.assignment import unit_seed
 from protocol.documents import Artifact, Delegation, Opinion, UnitId, sign, verify
@@ -151,35 +153,29 @@ def test_one_replay_judges_both_claims_of_a_unit_and_tells_the_liar_from_the_hon
     assert [event["step"] for event in recorder.named("step")].count(steps) == 1, "the unit was run more than once"
 
 
-@pytest.mark.parametrize("spoiled", ["scale", "content", "size"])
+@pytest.mark.parametrize("spoiled", ["stream", "scale", "content", "size"])
 def test_signed_bytes_that_are_no_delta_are_refuted(claimed: Claimed, tmp_path: Path, spoiled: str) -> None:
     honest = bytes(claimed.honest.stored)
-    if spoiled == "scale":
-        raw = bytearray(honest)
-        header = 8 + int.from_bytes(raw[:8], "little")
-        raw[header : header + 2] = np.array([0x7FC0], dtype="<u2").tobytes()
-        bad = claimed.forged(tmp_path, raw=bytes(raw))
+    if spoiled == "stream":
+        bad = claimed.forged(tmp_path, raw=honest[:8] + bytes(len(honest) - 8))
+    elif spoiled == "scale":
+        content = bytearray(zstandard.ZstdDecompressor().stream_reader(honest, read_across_frames=True).read())
+        header = 8 + int.from_bytes(content[:8], "little")
+        content[header : header + 2] = np.array([0x7FC0], dtype="<u2").tobytes()
+        write_frames(tmp_path / "spoiled", len(content), [content])
+        bad = claimed.forged(tmp_path, raw=(tmp_path / "spoiled").read_bytes())
     elif spoiled == "content":
         bad = claimed.forged(tmp_path, raw=honest, content="ab" * 32)
     else:
-        bad = claimed.forged(tmp_path, raw=honest)
-        assert bad.claim is not None
-        longer = replace(bad.claim.artifacts[0], size=len(honest) + 1)
-        bad.claim_envelope = sign(replace(bad.claim, artifacts=(longer,)), claimed.device)
-        bad.claim_sha256 = _digest(bad.claim_envelope)
+        config = claimed.run.config
+        most = largest_container(delta_schema(config), codec_config(config))
+        bad = claimed.forged(tmp_path, raw=bytes(most + 1))
     judge(claimed.run, tmp_path / "home", [bad])
 
     (opinion,) = claimed.run.opinions
     assert opinion.finding == "refuted"
     assert opinion.raw_difference == opinion.code_difference == INADMISSIBLE
     assert claimed.run.log.count("ReadArtifact") == (0 if spoiled == "size" else 1)
-
-
-def _digest(envelope: bytes) -> str:
-    from protocol.canonical import sha256_hex
-    from protocol.envelope import parse_envelope
-
-    return sha256_hex(parse_envelope(envelope).payload)
 
 
 def test_bytes_that_the_coordinator_damaged_are_never_held_against_the_volunteer(

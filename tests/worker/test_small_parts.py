@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -17,10 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from protocol.documents import DeviceDelegation, verify
-from protocol.errors import ConsentNeeded, DeviceUnavailable, DirectoryInUse, DiskFull, KeyUnreadable
+from diloco.container import largest_container
+from protocol.documents import ArtifactLimit, DeviceDelegation, ShardRef, verify
+from protocol.errors import AnswerInvalid, ConsentNeeded, DeviceUnavailable, DirectoryInUse, DiskFull, KeyUnreadable
 from protocol.limits import MAX_TEXT_CHARACTERS
-from tests.protocol.examples import run_config
+from tests.protocol.examples import LEASE, run_config
+from tests.worker.small_config import small_config
+from verify.replay import codec_config, delta_schema
 from worker import audit_progress, progress
 from worker.audit_progress import AUDIT_EVENTS
 from worker.backoff import DEFAULT_BACKOFF, as_asked_ms
@@ -31,6 +35,7 @@ from worker.home import WorkerHome
 from worker.identity import load_or_make_identity, read_revocation
 from worker.progress import EVENTS, FILES, Downloaded, Event, Leased, Refused, Step, Waiting
 from worker.reporters import JsonReporter, PlainReporter, TerminalReporter
+from worker.trainer import train_unit
 
 
 def test_keys_are_made_once_kept_private_and_found_again(tmp_path: Path) -> None:
@@ -229,6 +234,20 @@ def test_asking_for_a_gpu_that_is_not_there_names_the_way_out() -> None:
         assert resolve_device("auto") == "cpu"
         with pytest.raises(DeviceUnavailable, match="--device cpu"):
             resolve_device("cuda")
+
+
+def test_a_lease_that_allows_less_than_a_delta_may_have_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    config = small_config((ShardRef(sha256="ab" * 32, size=1, samples=1),), units=1, steps=1)
+    most = largest_container(delta_schema(config), codec_config(config))
+
+    def train(max_bytes: int) -> None:
+        lease = replace(LEASE, artifacts=(ArtifactLimit(role="delta", max_bytes=max_bytes),))
+        train_unit(config, lease, tmp_path / "missing", [], device="cpu", on_step=lambda *_: None)
+
+    with pytest.raises(AnswerInvalid, match=f"allows less than the {most:,} bytes"):
+        train(most - 1)
+    with pytest.raises(FileNotFoundError):
+        train(most)
 
 
 def test_the_worker_connects_before_it_imports_torch() -> None:
