@@ -1,0 +1,146 @@
+"""Many volunteers' inner loops at once, on one core: what `run_unit` does, for all units of a round in one batch.
+
+A model of 0.08 million parameters keeps a processor busy with calls, not with numbers; eight of them side by side cost
+three times one, not eight times. It is the run's own model and loss (`mmdit`), vectorised over the volunteers' weights;
+a test holds it to `diloco.unit.run_unit` on the same draws, within rounding.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.procedural import MODEL
+from diloco.genesis import initial_state
+from diloco.schema import Schema, schema_of
+from diloco.tables import Floats
+from mmdit import attention
+from mmdit.flow import flow_loss_B
+from mmdit.transformer import build
+
+BETA1: Final = 0.9
+BETA2: Final = 0.99
+EPS: Final = 1e-8
+WEIGHT_DECAY: Final = 0.01
+GRAD_CLIP: Final = 1.0
+"""AdamW and the clipping of every method here; only the learning rates are each method's own."""
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Latent, text, pooled text, noise and timestep; of a crowd with the volunteers in front."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Moments:
+    """AdamW's state of each volunteer, [V, P]; `steps` it was built from, which the bias correction counts."""
+
+    m: Tensor
+    v: Tensor
+    steps: int = 0
+
+    @classmethod
+    def zeros(cls, volunteers: int, parameters: int) -> "Moments":
+        """Return the state before any step."""
+        return cls(m=torch.zeros(volunteers, parameters), v=torch.zeros(volunteers, parameters))
+
+
+class CrowdModel:
+    """The small run's model, its weights one flat vector, tensors in the schema's order."""
+
+    def __init__(self, seed: bytes) -> None:
+        self._genesis = initial_state(MODEL, seed)
+        self._module = build(MODEL, self._genesis, device="cpu").train()
+        self.schema: Schema = schema_of(MODEL)
+        self._sizes = [spec.num_elements for spec in self.schema.tensors]
+        gradient = torch.func.grad_and_value(self._loss)
+        self._gradients: Callable[..., tuple[Tensor, Tensor]] = torch.func.vmap(gradient)
+
+    @property
+    def first(self) -> Tensor:
+        """The weights before training, [P]."""
+        return self.flat({name: self._genesis[name] for name in self.schema.names})
+
+    def flat(self, tensors: dict[str, Floats]) -> Tensor:
+        """Join tensors of the schema into one vector."""
+        return torch.cat([torch.from_numpy(tensors[name].reshape(-1).copy()) for name in self.schema.names])
+
+    def tensors(self, flat: Tensor) -> dict[str, Floats]:
+        """Cut one vector into the schema's tensors; they share its memory."""
+        parts = torch.split(flat, self._sizes)
+        return {
+            spec.name: part.numpy().reshape(spec.shape) for spec, part in zip(self.schema.tensors, parts, strict=True)
+        }
+
+    def gradients(self, flat_VP: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return each volunteer's gradient [V, P] and loss [V]."""
+        with _vectorisable():
+            return self._gradients(flat_VP, *batch)
+
+    def loss(self, flat: Tensor, batch: Batch) -> float:
+        """Return the mean loss of one set of weights."""
+        with torch.no_grad():
+            return float(self._loss(flat, *batch))
+
+    def _loss(self, flat: Tensor, latent: Tensor, text: Tensor, pooled: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        parts = torch.split(flat, self._sizes)
+        weights = {spec.name: part.view(spec.shape) for spec, part in zip(self.schema.tensors, parts, strict=True)}
+
+        def predict(*inputs: Tensor) -> Tensor:
+            velocity: Tensor = torch.func.functional_call(self._module, weights, inputs)
+            return velocity
+
+        return flow_loss_B(predict, latent, text, pooled, noise, t).mean()
+
+
+def train(
+    model: CrowdModel,
+    flat_VP: Tensor,
+    moments: Moments,
+    batches: Callable[[int], Batch],
+    rates: list[float],
+) -> Tensor:
+    """Return each volunteer's weights after AdamW steps at these learning rates; `moments` move along."""
+    flat_VP = flat_VP.clone()
+    for step, rate in enumerate(rates):
+        gradient_VP, _ = model.gradients(flat_VP, batches(step))
+        norm_V1 = gradient_VP.norm(dim=1, keepdim=True)
+        gradient_VP = gradient_VP * (GRAD_CLIP / (norm_V1 + 1e-6)).clamp(max=1.0)
+        moments.steps += 1
+        moments.m.lerp_(gradient_VP, 1 - BETA1)
+        moments.v.mul_(BETA2).addcmul_(gradient_VP, gradient_VP, value=1 - BETA2)
+        flat_VP.mul_(1 - rate * WEIGHT_DECAY)
+        spread_VP = (moments.v / (1 - BETA2**moments.steps)).sqrt_().add_(EPS)
+        flat_VP.addcdiv_(moments.m, spread_VP, value=-rate / (1 - BETA1**moments.steps))
+    return flat_VP
+
+
+@contextmanager
+def _vectorisable() -> Any:
+    """Let attention be written out, and unread parameters be plain: `vmap` knows neither the fused kernel nor ours."""
+    kept = attention._attend, attention._WithUnread
+    attention._attend, attention._WithUnread = _attend, _Unread  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        attention._attend, attention._WithUnread = kept  # type: ignore[misc]
+
+
+class _Unread:
+    @staticmethod
+    def apply(x: Tensor, *unread: Tensor) -> Tensor:
+        return x + 0.0 * torch.stack([tensor.sum() for tensor in unread]).sum()
+
+
+def _attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHE, k_BSHE, v_BSHE))
+    shares = torch.softmax(q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1])), -1)
+    return (shares @ v).transpose(1, 2).flatten(2)
+
+
+def numpy_seed(*parts: int) -> np.random.Generator:
+    """Return a generator for benchmark data, which nobody has to derive again on another machine."""
+    return np.random.default_rng(parts)
