@@ -141,6 +141,7 @@ def measure_star(bench: Bench, report: Report, size: Size) -> dict[tuple[Name, i
         up, down, hours = _traffic(method, found[0], inner, size.steps // inner)
         report.add_row(
             method=LABELS[method],
+            seeds=size.seeds,
             inner_steps=inner,
             volunteers=volunteers,
             rounds=size.steps // inner,
@@ -248,7 +249,7 @@ def draw_star(runs: Mapping[tuple[Name, int, int], Sequence[Mapping[str, Any]]],
 
 def measure_long(bench: Bench, report: Report, size: Size) -> None:
     """Fill the table of the long run: 100 inner steps, 8 volunteers, 200 rounds, one seed."""
-    shape = Shape(volunteers=8, steps=100 if size is FULL else 2, batch=BATCH)
+    shape = Shape(volunteers=8, steps=100 if size.long_rounds > 2 else 2, batch=BATCH)
     methods: tuple[Name, ...] = ("data-parallel", "diloco-fp32", "ours")
     courses = {
         method: replace(
@@ -286,6 +287,10 @@ def measure_long(bench: Bench, report: Report, size: Size) -> None:
     )
 
 
+def _size(arguments: argparse.Namespace) -> Size:
+    return replace(FULL, seeds=arguments.seeds, inner=tuple(arguments.inner), volunteers=tuple(arguments.volunteers))
+
+
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
@@ -304,8 +309,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few rounds of everything; write nothing")
     parser.add_argument("--table", choices=("star", "long"), action="append", help="only these")
     parser.add_argument("--processes", type=int, default=2, help="runs at once, of one thread each")
+    parser.add_argument("--seeds", type=int, default=FULL.seeds, help="of each run of the star")
+    parser.add_argument("--inner", type=int, nargs="*", default=FULL.inner, help="inner steps of the star")
+    parser.add_argument("--volunteers", type=int, nargs="*", default=FULL.volunteers, help="beside 8")
     arguments = parser.parse_args()
-    size = QUICK if arguments.quick else FULL
+    size = QUICK if arguments.quick else _size(arguments)
     folder = None if arguments.quick else RESULTS / "cells" / "convergence"
     met = True
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:

@@ -78,7 +78,13 @@ def verify_checkpoint(directory: Path, run: RunId | None = None) -> CheckpointRe
     trust = open_run(_papers(directory), run)
     manifest = trust.manifest(read_limited(directory / layout.MANIFEST))
     weights = _check_contents(manifest, trust.config)
+    state = {part.path for part in manifest.state}
     for entry in manifest.files:
+        if entry.path in state and manifest.snapshot != manifest.checkpoint and not (directory / entry.path).exists():
+            raise CheckpointCorrupt(
+                f"Of checkpoint {manifest.checkpoint} only the patch is kept here. Checkpoint {manifest.snapshot} is "
+                "whole, and so are the newest ones."
+            )
         check_file(directory, entry)
     listed = {entry.path for entry in manifest.files} | {layout.MANIFEST}
     unlisted = sorted(path for path in _paths(directory) if path not in listed)

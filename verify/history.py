@@ -75,7 +75,8 @@ def check_history(manifests: Sequence[Manifest], trust: RunTrust) -> None:
 
     Raises:
         RebuildDiffers: a unit that is none, or was merged before; lateness, samples or influence that can't be; a delta
-            taken out that was never merged so, or twice; another outer step; or a seed for weighing that is missing.
+            taken out that was never merged so, or twice; another outer step; a seed for weighing that is missing; or a
+            snapshot that is not there yet, or older than one that was named before.
     """
 
     @cache
@@ -85,12 +86,16 @@ def check_history(manifests: Sequence[Manifest], trust: RunTrust) -> None:
     merged: dict[str, tuple[int, MergeEntry]] = {}
     units: set[str] = set()
     removed: set[str] = set()
+    snapshot = 0
     for manifest in manifests:
         number = manifest.checkpoint
         if bool(manifest.merged) != bool(number):
             raise RebuildDiffers(f"Checkpoint {number} merged {len(manifest.merged)} deltas.")
         if manifest.outer != trust.config.outer:
             raise RebuildDiffers(f"Checkpoint {number} was made with another outer step than the run config's.")
+        if not snapshot <= manifest.snapshot <= number:
+            raise RebuildDiffers(f"Checkpoint {number} names {manifest.snapshot} as the newest one that is kept whole.")
+        snapshot = manifest.snapshot
         _check_seed(manifest, trust.config)
         for out in manifest.unmerged:
             _check_removal(out, number, merged, removed)

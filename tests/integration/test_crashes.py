@@ -164,7 +164,13 @@ async def stubborn(run: LiveRun, folder: Path, name: str, works: dict[str, Work]
 @pytest.mark.slow
 def test_killed_again_and_again_at_random_moments_it_ends_with_every_receipted_delta_merged_once(folder: Path) -> None:
     rounds = 6
-    settings = ("rounds.units=3", "rounds.min_units=3", f"rounds.planned={rounds}", "rounds.staleness_bound=3")
+    settings = (
+        "rounds.units=3",
+        "rounds.min_units=3",
+        f"rounds.planned={rounds}",
+        "rounds.staleness_bound=3",
+        "storage.snapshot_every=1",
+    )
     chance = random.Random(20261123)
     with LiveRun(folder, settings) as run:
         run.start()

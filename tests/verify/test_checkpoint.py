@@ -215,3 +215,14 @@ def test_a_pipe_in_place_of_the_weights_is_not_waited_for(directory: Path) -> No
     os.mkfifo(directory / layout.WEIGHTS)
     with pytest.raises(CheckpointCorrupt, match="is missing"):
         verify_checkpoint(directory, RUN)
+
+
+def test_of_a_checkpoint_that_is_not_kept_whole_the_report_says_which_one_is(
+    published: PublishedRun, tmp_path: Path
+) -> None:
+    run = published.copy(tmp_path / "public")
+    run.forge(2, lambda manifest: replace(manifest, snapshot=0))
+    for path in layout.STATE:
+        (run.checkpoint(2) / path).unlink()
+    with pytest.raises(CheckpointCorrupt, match=r"only the patch is kept here\. Checkpoint 0 is whole"):
+        verify_checkpoint(run.checkpoint(2), RUN)

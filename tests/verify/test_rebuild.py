@@ -278,6 +278,14 @@ def test_a_delta_that_the_rules_refuse_is_found_even_if_the_coordinator_signed_f
     assert caught.value.code == "DELTA_CODE_ILLEGAL"
 
 
+@pytest.mark.parametrize("snapshot", [0, 2])
+def test_a_snapshot_that_is_not_there_yet_or_older_than_the_last_one_is_found(
+    mirror: PublishedRun, tmp_path: Path, snapshot: int
+) -> None:
+    mirror.forge(2 if snapshot == 0 else 1, lambda manifest: replace(manifest, snapshot=snapshot))
+    _refused(mirror, tmp_path, RebuildDiffers, f"names {snapshot} as the newest one that is kept whole")
+
+
 def test_a_broken_chain_of_manifests_is_found(mirror: PublishedRun, tmp_path: Path) -> None:
     changed = replace(mirror.manifest(1), log_head="ab" * 32)
     (mirror.checkpoint(1) / layout.MANIFEST).write_bytes(sign(changed, COORDINATOR))
