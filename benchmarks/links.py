@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from benchmarks.report import RESULTS, Report
 from diloco.schema import schema_of
-from mmdit.config import MMDiTConfig
+from mmdit.presets import of_depth
 
 UP_BIT_S: Final = 20e6
 DOWN_BIT_S: Final = 100e6
@@ -36,25 +36,6 @@ class Rates:
     down: float
 
 
-def shape(depth: int) -> MMDiTConfig:
-    """Return Stable Diffusion 3's transformer of a depth (arXiv 2403.03206, section 5.3)."""
-    return MMDiTConfig(
-        sample_size=128,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=depth,
-        attention_head_dim=64,
-        num_attention_heads=depth,
-        joint_attention_dim=4096,
-        caption_projection_dim=64 * depth,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=192,
-        qk_norm="rms_norm",
-        dual_attention_layers=(),
-    )
-
-
 def measured_rates() -> Rates:
     """Return what `benchmarks.codec` measured; the limits that it is held to where it has not run."""
     path = RESULTS / "codec.json"
@@ -66,7 +47,7 @@ def measured_rates() -> Rates:
 
 def row(depth: int, rates: Rates) -> dict[str, Any]:
     """Return the numbers of one model."""
-    parameters = schema_of(shape(depth)).num_elements
+    parameters = schema_of(of_depth(depth)).num_elements
     up, down, snapshot = (rate * parameters for rate in (rates.up, rates.down, FP32_BYTES))
     transfer_s = 8 * up / UP_BIT_S + 8 * down / DOWN_BIT_S
     step_s = BATCH * 6 * parameters * TOKENS * READ_SHARE / SUSTAINED_FLOPS

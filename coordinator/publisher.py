@@ -110,11 +110,16 @@ class Publisher:
 
     def thin(self, checkpoint: int) -> None:
         """Remove a checkpoint's state unless it is a snapshot; its patch, manifest and description stay."""
+        weights = self.directory(checkpoint) / layout.WEIGHTS
+        if not weights.exists():
+            return  # they go last
         listed = self.published(checkpoint)
         if listed is None or listed.manifest.snapshot == checkpoint:
             return
         for part in listed.manifest.state:
-            (self.directory(checkpoint) / part.path).unlink(missing_ok=True)
+            if part.role != layout.ROLE_WEIGHTS:
+                (self.directory(checkpoint) / part.path).unlink(missing_ok=True)
+        weights.unlink()
 
     def publish(self, place: Path, manifest: Manifest) -> PublishedManifest:
         """Move a complete workplace to its public name, then the signed manifest: from that instant it is published."""

@@ -8,7 +8,6 @@ from coordinator.settings import Settings
 from coordinator.settings_problems import show
 from diloco import NUMERICS
 from diloco.codec import UNIT as CODEC_UNIT
-from diloco.patch import THRESHOLD_ONE
 from mmdit.presets import PRESETS
 from protocol.documents import (
     Codec,
@@ -84,7 +83,7 @@ def run_config(
         patch=Patch(
             kind="dead-zone",
             block=settings.patch.block,
-            threshold=round(settings.patch.threshold * THRESHOLD_ONE),
+            threshold=round(settings.patch.threshold * CODEC_UNIT),
         ),
         outer=OuterStep(lr=outer.lr, momentum=outer.momentum),
         rounds=_rounds(settings),
@@ -157,7 +156,7 @@ def _as_written(config: RunConfig) -> dict[str, Any]:
         "codec.reach": config.codec.reach / CODEC_UNIT,
         "codec.width": config.codec.width / CODEC_UNIT,
         "patch.block": config.patch.block,
-        "patch.threshold": config.patch.threshold / THRESHOLD_ONE,
+        "patch.threshold": config.patch.threshold / CODEC_UNIT,
         "outer.lr": config.outer.lr,
         "outer.momentum": config.outer.momentum,
         **{f"rounds.{name}": value for name, value in rounds.items()},

@@ -46,7 +46,8 @@ UNIT: Final = 256
 MAX_REACH: Final = 64 * UNIT
 SMALLEST_MEAN: Final = np.float32(2.0**-100)
 """Mean magnitude below which a block is stored as zero."""
-_LARGEST: Final = np.float32(2.0**100)
+LARGEST: Final = np.float32(2.0**100)
+"""Largest magnitude that is coded."""
 SMALLEST_SCALE: Final = np.uint16(0x0600)
 LARGEST_SCALE: Final = np.uint16(0x7500)
 """The bits of the bf16 numbers 2^-115 and 2^107: no scale that an encoder writes lies beyond."""
@@ -290,15 +291,15 @@ def in_blocks(flat: Floats, block: int) -> Floats:
     return flat.reshape(blocks, block)
 
 
-def mean_magnitudes(x_GB: Floats, elements: int) -> Floats:
-    """Return the mean magnitude of each row of `in_blocks`: a sum by halves, the same bits on every machine.
+def mean_rows(values_GB: Floats, elements: int) -> Floats:
+    """Return the mean of each row of `in_blocks`: a sum by halves, the same bits on every machine.
 
     Args:
         elements: how many the rows hold together, without what the last one is filled up with.
     """
-    size_G = np.full(len(x_GB), x_GB.shape[1], dtype=np.float32)
-    size_G[-1] = elements - (len(x_GB) - 1) * x_GB.shape[1]
-    return np.divide(sum_rows(np.abs(x_GB)), size_G)
+    size_G = np.full(len(values_GB), values_GB.shape[1], dtype=np.float32)
+    size_G[-1] = elements - (len(values_GB) - 1) * values_GB.shape[1]
+    return np.divide(sum_rows(values_GB), size_G)
 
 
 def sum_rows(values_GB: Floats) -> Floats:
@@ -310,10 +311,10 @@ def sum_rows(values_GB: Floats) -> Floats:
 
 
 def _scale_bits(x_GB: Floats, elements: int, codec: CodecConfig, name: str) -> Scales:
-    largest = np.maximum(np.max(x_GB, axis=1), -np.min(x_GB, axis=1))
-    if not np.all(largest <= _LARGEST):  # NaN is not <= anything
+    magnitude_GB = np.abs(x_GB)
+    if not np.max(magnitude_GB) <= LARGEST:  # NaN is not <= anything
         raise DeltaNotFinite(f"Tensor {name} of the delta holds a value that is not finite or is beyond 2^100.")
-    mean = mean_magnitudes(x_GB, elements)
+    mean = mean_rows(magnitude_GB, elements)
     return np.where(mean < SMALLEST_MEAN, np.uint16(0), bf16_upward(np.multiply(mean, codec.share)))
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import zstandard
 
 from diloco.pinned import Bytes, PinnedFile
-from protocol.errors import BytesRefused, DeltaOversized, DeltaStreamCorrupt, DeltaTruncated
+from protocol.errors import DeltaOversized, DeltaStreamCorrupt, DeltaTruncated
 
 FRAME: Final = 1 << 16
 """Bytes of content in a frame. Merges read several at once; a larger one would be unpacked for a part of it."""
@@ -70,17 +70,14 @@ class FramedFile:
         self.size = size
 
     @classmethod
-    def open(cls, path: Path, size: int, refusal: type[BytesRefused] = DeltaTruncated) -> Self:
+    def open(cls, path: Path, size: int) -> Self:
         """Read the table of a file whose content has `size` bytes.
-
-        Args:
-            refusal: raised when the file is changed while it is in use.
 
         Raises:
             DeltaTruncated, DeltaOversized: the file is shorter or longer than its table says, or than it can be.
             DeltaStreamCorrupt: there is no such table, or it has a frame longer than its content allows.
         """
-        file = PinnedFile(path, refusal)
+        file = PinnedFile(path, DeltaTruncated)
         table = _table_bytes(size)
         if file.size < table:
             raise DeltaTruncated(f"The file has {file.size:,} bytes; its table alone has {table:,}.")
@@ -110,7 +107,7 @@ class FramedFile:
 
         Raises:
             DeltaStreamCorrupt: a frame does not unpack to what it must.
-            BytesRefused: of the class given at the start: the file was changed, replaced or cut short meanwhile.
+            DeltaTruncated: the file was changed, replaced or cut short meanwhile.
         """
         numbers = sorted({number for offset, length in spans for number in _frames_of(offset, length)})
         raw = self._file.read(*(self._place(number) for number in numbers))

@@ -25,6 +25,7 @@ import numpy as np
 from diloco.checkpoint import FileDigest, TensorFile, TensorFileWriter
 from diloco.codec import (
     DEAD_ZONE,
+    LARGEST,
     SMALLEST_SCALE,
     UNIT,
     CodecConfig,
@@ -33,7 +34,7 @@ from diloco.codec import (
     bf16_upward,
     chunk_ranges,
     in_blocks,
-    mean_magnitudes,
+    mean_rows,
     sum_rows,
 )
 from diloco.container import Container, container_size, expected_header
@@ -43,9 +44,6 @@ from diloco.schema import Schema
 from diloco.tables import Floats
 from protocol.errors import CheckpointCorrupt, DeltaNotFinite
 
-THRESHOLD_ONE: Final = 256
-"""A threshold of one mean magnitude."""
-_LARGEST: Final = np.float32(2.0**100)
 _SPOOL_READ: Final = 1 << 20
 
 
@@ -55,16 +53,16 @@ class PatchConfig:
 
     Args:
         block: elements that share a scale, a power of two.
-        threshold: share of a block's mean magnitude, in units of 2^-8, above which an element is kept. Above 256 or so
-            the residual grows to several steps; below, more elements are kept and a patch has more bits.
+        threshold: share of a block's mean magnitude, in units of 2^-8, above which an element is kept. With a lower one
+            patches are larger, with a higher one more waits.
     """
 
     block: int
     threshold: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 4 * THRESHOLD_ONE:
-            raise ValueError(f"patch threshold is {self.threshold}; it must be from 1 to {4 * THRESHOLD_ONE}")
+        if not 0 < self.threshold <= 4 * UNIT:
+            raise ValueError(f"patch threshold is {self.threshold}; it must be from 1 to {4 * UNIT}")
         _ = self.codec  # refuses a block that is none
 
     @property
@@ -95,11 +93,10 @@ def round_step(total: Floats, config: PatchConfig, name: str) -> Rounded:
     codec = config.codec
     x_GB = in_blocks(total, config.block)
     magnitude_GB = np.abs(x_GB)
-    mean_G = mean_magnitudes(x_GB, total.size)
-    if not np.all(mean_G <= _LARGEST):  # NaN is not <= anything
+    if not np.max(magnitude_GB) <= LARGEST:  # NaN is not <= anything
         raise DeltaNotFinite(f"The step of {name} is not finite or beyond 2^100; the round cannot be published so.")
-    share = np.float32(config.threshold / THRESHOLD_ONE)
-    kept_GB = magnitude_GB > np.multiply(mean_G, share)[:, None]
+    mean_G = mean_rows(magnitude_GB, total.size)
+    kept_GB = magnitude_GB > np.multiply(mean_G, np.float32(config.threshold / UNIT))[:, None]
     count_G = np.add.reduce(kept_GB, axis=1, dtype=np.int32)
     np.multiply(magnitude_GB, kept_GB, out=magnitude_GB)
     wanted_G = np.divide(sum_rows(magnitude_GB), np.maximum(count_G, 1).astype(np.float32))

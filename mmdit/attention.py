@@ -104,10 +104,15 @@ class _WithUnread(torch.autograd.Function):
     With no gradient at all an optimizer would pass them over, and weight decay would differ from diffusers' model.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, *unread: Tensor) -> Tensor:
-        ctx.save_for_backward(*unread)
+    def forward(x: Tensor, *unread: Tensor) -> Tensor:  # noqa: ARG004  they are for `setup_context`
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,8 @@ from typing import Final
 from mmdit.config import MMDiTConfig
 
 
-def _of_depth(depth: int) -> MMDiTConfig:
+def of_depth(depth: int) -> MMDiTConfig:
+    """Return Stable Diffusion 3's transformer of a depth (arXiv 2403.03206, section 5.3)."""
     return MMDiTConfig(
         sample_size=32,  # 256 x 256 pixels through an 8-fold autoencoder
         patch_size=2,
@@ -68,10 +69,10 @@ _RGB32: Final = MMDiTConfig(
 
 PRESETS: Final[Mapping[str, MMDiTConfig]] = MappingProxyType(
     {
-        "d12": _of_depth(12),
-        "d15": _of_depth(15),
-        "d18": _of_depth(18),
-        "d24": _of_depth(24),
+        "d12": of_depth(12),
+        "d15": of_depth(15),
+        "d18": of_depth(18),
+        "d24": of_depth(24),
         "digits": _DIGITS,
         "rgb32": _RGB32,
     }

@@ -17,9 +17,6 @@ RESIDUAL: Final = "state/residual.safetensors"
 PATCH: Final = "patch.safetensors.zst"
 """What leads from the weights of the checkpoint before to a checkpoint's own."""
 
-STATE: Final = (WEIGHTS, MOMENTUM, RESIDUAL)
-"""A round's whole state: what the next one starts from, each as large as the model in fp32."""
-
 ROLE_DELTA: Final = "delta"
 ROLE_WEIGHTS: Final = "weights"
 ROLE_MOMENTUM: Final = "momentum"
@@ -27,6 +24,8 @@ ROLE_RESIDUAL: Final = "residual"
 
 
 STATE_ROLES: Final = {WEIGHTS: ROLE_WEIGHTS, MOMENTUM: ROLE_MOMENTUM, RESIDUAL: ROLE_RESIDUAL}
+STATE: Final = tuple(STATE_ROLES)
+"""A round's whole state: what the next one starts from, each file as large as the model in fp32."""
 
 
 def checkpoint_directory(checkpoint: int) -> str:

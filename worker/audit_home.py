@@ -78,7 +78,7 @@ class Workbench:
 
     def container(self, claim: Digest) -> Path:
         """Return the place of a claim's delta."""
-        return self._judging / f"{claim}.safetensors"
+        return self._judging / f"{claim}.safetensors.zst"
 
     def come(self, claim: Digest) -> int:
         """Return how many bytes of a claim's delta are here."""

@@ -7,23 +7,20 @@ All ways lead to the same bytes, which the signed manifest of the checkpoint nam
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from protocol import layout
 from protocol.documents import Digest, FileEntry, Manifest, RunConfig
-from protocol.errors import CheckpointCorrupt, NotServed
+from protocol.errors import BytesRefused, CheckpointCorrupt, NotServed
 from protocol.limits import MAX_CHECKPOINT_BYTES
 from worker.cache import Wanted
 
 
-class Source(Protocol):
+class Files(Protocol):
     """Where a run's published files come from, and where those are kept that were got already."""
-
-    def manifest(self, checkpoint: int) -> Manifest:
-        """Return a checkpoint's verified manifest."""
-        ...
 
     def held(self, wanted: Wanted) -> Path | None:
         """Return a file that is at hand without any transfer."""
@@ -34,8 +31,12 @@ class Source(Protocol):
         ...
 
     def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
-        """Return a file that `write` makes, whose SHA-256 must be the wanted one."""
+        """Return a file that `write` makes, and whose SHA-256 it returns; raise `DigestMismatch` if it is another."""
         ...
+
+
+ManifestOf = Callable[[int], Manifest]
+"""Returns a checkpoint's verified manifest."""
 
 
 def wanted_file(manifest: Manifest, entry: FileEntry) -> Wanted:
@@ -49,7 +50,7 @@ def wanted_file(manifest: Manifest, entry: FileEntry) -> Wanted:
     return Wanted(path=path, sha256=Digest(entry.sha256), size=entry.size)
 
 
-def fetch_weights(source: Source, config: RunConfig, manifest: Manifest, *, room: bool) -> Path:
+def fetch_weights(files: Files, manifest_of: ManifestOf, config: RunConfig, checkpoint: int, *, room: bool) -> Path:
     """Return the file with the weights of a checkpoint.
 
     Args:
@@ -57,53 +58,56 @@ def fetch_weights(source: Source, config: RunConfig, manifest: Manifest, *, room
 
     Raises:
         CheckpointCorrupt: a manifest names no weights or no patch, or one of a size beyond any limit.
-        DigestMismatch, BytesRefused: what came is not what was signed for, or is no patch.
+        BytesRefused: what came is not what was signed for, or is no patch.
         TryLater: something can't be fetched now.
     """
+    manifest = manifest_of(checkpoint)
     wanted = _weights(manifest)
-    found = source.held(wanted)
+    found = files.held(wanted)
     if found is not None:
         return found
-    near = _nearest(source, manifest, wanted.size) if room else None
+    near = _nearest(files, manifest_of, manifest, wanted.size) if room else None
     if near is not None:
-        return _patched(source, config, near, manifest)
+        # Patches that are none, or lead elsewhere, cost no unit: the weights can still be fetched whole.
+        with suppress(BytesRefused, NotServed):
+            return _patched(files, manifest_of, config, near, manifest)
     try:
-        return source.file(wanted)
+        return files.file(wanted)
     except NotServed:
-        if manifest.snapshot >= manifest.checkpoint or not room:
+        if manifest.snapshot >= checkpoint or not room:
             raise
-    start = source.manifest(manifest.snapshot)
-    source.file(_weights(start))
-    return _patched(source, config, start, manifest)
+    return _patched(files, manifest_of, config, manifest_of(manifest.snapshot), manifest)
 
 
-def _nearest(source: Source, manifest: Manifest, limit: int) -> Manifest | None:
+def _nearest(files: Files, manifest_of: ManifestOf, manifest: Manifest, limit: int) -> Manifest | None:
     """Return the newest older checkpoint whose weights are at hand, if the patches since cost less than `limit`."""
     cost = 0
     while manifest.checkpoint > 0:
         cost += _patch(manifest).size
         if cost >= limit:
             return None
-        manifest = source.manifest(manifest.checkpoint - 1)
-        if source.held(_weights(manifest)) is not None:
+        manifest = manifest_of(manifest.checkpoint - 1)
+        if files.held(_weights(manifest)) is not None:
             return manifest
     return None
 
 
-def _patched(source: Source, config: RunConfig, start: Manifest, manifest: Manifest) -> Path:
-    from diloco.container import Container
+def _patched(files: Files, manifest_of: ManifestOf, config: RunConfig, start: Manifest, manifest: Manifest) -> Path:
     from diloco.patch import apply_patches, open_patch
     from verify.replay import delta_schema, patch_config
 
-    between = [source.manifest(number) for number in range(start.checkpoint + 1, manifest.checkpoint)]
-    steps: Sequence[Manifest] = (start, *between, manifest)
-    patches: list[Container] = []
-    for before, after in itertools.pairwise(steps):
-        path = source.file(_patch(after))
-        base_sha256 = bytes.fromhex(_weights(before).sha256)
-        patches.append(open_patch(path, delta_schema(config), patch_config(config), base_sha256))
-    base = source.file(_weights(start))
-    return source.make(_weights(manifest), lambda out: apply_patches(base, patches, out).sha256.hex())
+    base = files.file(_weights(start))
+    steps = [start, *(manifest_of(number) for number in range(start.checkpoint + 1, manifest.checkpoint)), manifest]
+    patches = [
+        open_patch(
+            files.file(_patch(after)),
+            delta_schema(config),
+            patch_config(config),
+            bytes.fromhex(_weights(before).sha256),
+        )
+        for before, after in itertools.pairwise(steps)
+    ]
+    return files.make(_weights(manifest), lambda out: apply_patches(base, patches, out).sha256.hex())
 
 
 def _weights(manifest: Manifest) -> Wanted:

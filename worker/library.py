@@ -1,8 +1,9 @@
 """The public files that a unit needs: its base checkpoint's weights and its shards, each checked before it is used."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from worker.progress import Downloaded
 from worker.web import PublicSite
 
 _MANIFESTS_KEPT: Final = 256
+"""More than the checkpoints that patches ever lead over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,6 @@ class Library:
         self._break_off = break_off
         self._tell = tell
         self._manifests: dict[int, Manifest] = {}
-        self._keep: set[Digest] = set()
         self.received_bytes = 0
 
     def fetch(self, public_url: str, trust: RunTrust, needs: Needs) -> Materials:
@@ -106,75 +107,77 @@ class Library:
             CacheTooSmall: the owner's cap does not allow the unit's files; nothing was fetched.
             CheckpointCorrupt, ShardCorrupt: a signed size is beyond any limit.
             EndpointUntrusted: see `PublicSite`.
-            DigestMismatch, Unreachable, ServerBusy, UnitAbandoned, DiskFull: see `FileCache.fetch`.
+            BytesRefused, Unreachable, ServerBusy, UnitAbandoned, DiskFull: see `fetch_weights` and `FileCache.fetch`.
         """
         site = PublicSite(public_url, allow_private=self._allow_private, break_off=self._break_off)
-        published = _Published(site, trust, self)
-        manifest = published.manifest(needs.round - 1)
-        base = check_weights(manifest, needs)
+        manifest_of = partial(self._manifest_of, site, trust)
+        base = check_weights(manifest_of(needs.round - 1), needs)
         shards = [wanted_shard(self._shards[sha256]) for sha256 in needs.shards]
         self._cache.check_fits((base, *shards))
-        self._keep = {file.sha256 for file in (base, *shards)}
+        files = _Fetch(site, self._cache, keep={base, *shards}, count=self._count, tell=self._tell)
         room = 2 * base.size + sum(file.size for file in shards) <= self._cache.cap_bytes
         return Materials(
-            base=fetch_weights(published, trust.config, manifest, room=room),
-            shards=tuple(self.file(site, file) for file in shards),
+            base=fetch_weights(files, manifest_of, trust.config, needs.round - 1, room=room),
+            shards=tuple(files.file(file) for file in shards),
         )
 
-    def read_manifest(self, site: PublicSite, trust: RunTrust, checkpoint: int) -> Manifest:
-        """Return a checkpoint's manifest; the last ones are remembered."""
+    def _manifest_of(self, site: PublicSite, trust: RunTrust, checkpoint: int) -> Manifest:
         directory = checkpoint_directory(checkpoint)
         if checkpoint not in self._manifests:
             raw = site.document(f"{directory}/{MANIFEST}", MAX_PUBLIC_DOCUMENT_BYTES)
             try:
-                self._manifests[checkpoint] = trust.manifest(raw)
+                manifest = trust.manifest(raw)
             except Refusal as refusal:
                 raise AnswerInvalid(f"The manifest in {directory} does not hold: {refusal.message}") from None
-            while len(self._manifests) > _MANIFESTS_KEPT:
-                del self._manifests[min(self._manifests)]
+            if len(self._manifests) >= _MANIFESTS_KEPT:
+                del self._manifests[next(iter(self._manifests))]  # the one that was read first
+            self._manifests[checkpoint] = manifest
         return self._manifests[checkpoint]
-
-    def held(self, wanted: Wanted) -> Path | None:
-        """Return a file that is in the cache, which from now on stays there until the unit has all its files."""
-        found = self._cache.held(wanted)
-        if found is not None:
-            self._keep.add(wanted.sha256)
-        return found
-
-    def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
-        """Return a file that is made here; see `FileCache.make`."""
-        return self._cache.make(wanted, write, keep=self._keep)
-
-    def file(self, site: PublicSite, wanted: Wanted) -> Path:
-        """Return a file, fetched if need be; see `FileCache.fetch`."""
-        self._keep.add(wanted.sha256)
-        before, started = self.received_bytes, time.monotonic()
-        path = self._cache.fetch(site, wanted, keep=self._keep, on_bytes=self._count)
-        received = self.received_bytes - before
-        if received:
-            self._tell(Downloaded(file=wanted.path, bytes=received, seconds=time.monotonic() - started))
-        return path
 
     def _count(self, received: int) -> None:
         self.received_bytes += received
 
 
-class _Published:
-    """A run's published files as `bases.Source` wants them, behind a site and in a library's cache."""
+class _Fetch:
+    """The files of one unit: whatever it touches stays in the cache until the unit has all of them."""
 
-    def __init__(self, site: PublicSite, trust: RunTrust, library: Library) -> None:
+    def __init__(
+        self,
+        site: PublicSite,
+        cache: FileCache,
+        *,
+        keep: Collection[Wanted],
+        count: Callable[[int], None],
+        tell: Callable[[Downloaded], None],
+    ) -> None:
         self._site = site
-        self._trust = trust
-        self._library = library
-
-    def manifest(self, checkpoint: int) -> Manifest:
-        return self._library.read_manifest(self._site, self._trust, checkpoint)
+        self._cache = cache
+        self._keep = {file.sha256 for file in keep}
+        self._count = count
+        self._tell = tell
 
     def held(self, wanted: Wanted) -> Path | None:
-        return self._library.held(wanted)
+        """See `bases.Files.held`."""
+        found = self._cache.held(wanted)
+        if found is not None:
+            self._keep.add(wanted.sha256)
+        return found
 
     def file(self, wanted: Wanted) -> Path:
-        return self._library.file(self._site, wanted)
+        """See `bases.Files.file`, and `FileCache.fetch`."""
+        self._keep.add(wanted.sha256)
+        received: list[int] = []
+
+        def on_bytes(count: int) -> None:
+            received.append(count)
+            self._count(count)
+
+        started = time.monotonic()
+        path = self._cache.fetch(self._site, wanted, keep=self._keep, on_bytes=on_bytes)
+        if received:
+            self._tell(Downloaded(file=wanted.path, bytes=sum(received), seconds=time.monotonic() - started))
+        return path
 
     def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
-        return self._library.make(wanted, write)
+        """See `bases.Files.make`."""
+        return self._cache.make(wanted, write, keep=self._keep)

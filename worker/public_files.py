@@ -7,6 +7,7 @@ size and SHA-256 that a signed document names.
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -29,7 +30,7 @@ from protocol.log import EMPTY_LOG_HEAD, LogEntry, read_log
 from protocol.trust import RunTrust
 from verify.admission import file_sha256
 from verify.checkpoint import read_limited
-from worker.bases import fetch_weights
+from worker.bases import Files, fetch_weights
 from worker.cache import FileCache, Wanted
 from worker.home import WorkerHome
 from worker.library import Materials, Needs, check_weights, wanted_shard
@@ -43,28 +44,11 @@ _MAX_KEY_BYTES: Final = 1024
 _READS_OF_A_MOVING_LOG: Final = 3
 
 
-class PublicFiles(Protocol):
-    """The files under a run's public address."""
+class PublicFiles(Files, Protocol):
+    """The files under a run's public address; each has the size and SHA-256 that were signed for it."""
 
     def document(self, path: str, max_bytes: int = MAX_PUBLIC_DOCUMENT_BYTES) -> bytes:
         """Return a small file; raise `CheckpointCorrupt`, `Unreachable` or `AnswerInvalid` if there is none."""
-        ...
-
-    def file(self, wanted: Wanted) -> Path:
-        """Return the path of a file that has the size and SHA-256 that were signed for it.
-
-        Raises:
-            NotServed: it is not there (any more).
-            DigestMismatch, TryLater: it is another, or can't be fetched now.
-        """
-        ...
-
-    def held(self, wanted: Wanted) -> Path | None:
-        """Return the path of such a file if it is at hand without any transfer."""
-        ...
-
-    def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
-        """Return the path of a file that `write` makes, and whose SHA-256 it returns; it must be the wanted one."""
         ...
 
 
@@ -84,7 +68,7 @@ class DirectoryFiles:
         return read_limited(self._root / path, max_bytes)
 
     def file(self, wanted: Wanted) -> Path:
-        """See `PublicFiles.file`; nothing is copied."""
+        """See `bases.Files.file`; nothing is copied."""
         path = self._root / wanted.path
         if not path.is_file():
             raise NotServed(f"There is no file {path}.")
@@ -93,11 +77,11 @@ class DirectoryFiles:
         return path
 
     def held(self, wanted: Wanted) -> Path | None:
-        """See `PublicFiles.held`."""
+        """See `bases.Files.held`."""
         return self.file(wanted) if (self._root / wanted.path).is_file() else None
 
     def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
-        """See `PublicFiles.make`."""
+        """See `bases.Files.make`."""
         if self._made is None:
             raise NotServed(f"{self._root / wanted.path} is not kept any more.")
         self._made.mkdir(parents=True, exist_ok=True)
@@ -123,19 +107,19 @@ class SiteFiles:
         return self._site.document(path, max_bytes)
 
     def file(self, wanted: Wanted) -> Path:
-        """See `PublicFiles.file`."""
+        """See `bases.Files.file`."""
         self._used.add(wanted.sha256)
         return self._cache.fetch(self._site, wanted, keep=self._used, on_bytes=lambda _: None)
 
     def held(self, wanted: Wanted) -> Path | None:
-        """See `PublicFiles.held`."""
+        """See `bases.Files.held`."""
         found = self._cache.held(wanted)
         if found is not None:
             self._used.add(wanted.sha256)
         return found
 
     def make(self, wanted: Wanted, write: Callable[[Path], str]) -> Path:
-        """See `PublicFiles.make`."""
+        """See `bases.Files.make`."""
         self._used.add(wanted.sha256)
         return self._cache.make(wanted, write, keep=self._used)
 
@@ -192,25 +176,13 @@ def newest_checkpoint(files: PublicFiles, trust: RunTrust) -> int:
 
 def fetch_materials(files: PublicFiles, trust: RunTrust, needs: Needs) -> Materials:
     """Return what a unit is trained from."""
-    manifest = read_manifest(files, trust, needs.round - 1)
-    check_weights(manifest, needs)
+    manifest_of = partial(read_manifest, files, trust)
+    check_weights(manifest_of(needs.round - 1), needs)
     shards = {shard.sha256: shard for shard in trust.config.data.shards}
     return Materials(
-        base=fetch_weights(_Published(files, trust), trust.config, manifest, room=True),
+        base=fetch_weights(files, manifest_of, trust.config, needs.round - 1, room=True),
         shards=tuple(files.file(wanted_shard(shards[sha256])) for sha256 in needs.shards),
     )
-
-
-class _Published:
-    """Public files as `bases.Source` wants them."""
-
-    def __init__(self, files: PublicFiles, trust: RunTrust) -> None:
-        self._files = files
-        self._trust = trust
-        self.held, self.file, self.make = files.held, files.file, files.make
-
-    def manifest(self, checkpoint: int) -> Manifest:
-        return read_manifest(self._files, self._trust, checkpoint)
 
 
 def read_public_log(files: PublicFiles, trust: RunTrust) -> tuple[tuple[LogEntry, ...], int]:

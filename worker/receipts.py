@@ -138,7 +138,7 @@ def _read(run: RunId, area: str, directory: Path) -> Receipt:
     verdict = _document(directory, VERDICT, Verdict)
     state = parse_json((directory / STATE).read_bytes())
     refused = state if area == "refused" and isinstance(state, dict) else None
-    delta = directory / f"{ROLE_DELTA}.safetensors"
+    delta = directory / f"{ROLE_DELTA}.safetensors.zst"
     rejected = verdict is not None and verdict.outcome == "rejected"
     given_ms = (directory / VERDICT).stat().st_mtime_ns // 1_000_000 if rejected else 0
     code, sentence = _words(verdict, refused, str(state.get("state")) if isinstance(state, dict) else "")

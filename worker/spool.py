@@ -1,7 +1,7 @@
 """Finished units on disk, so that no crash, full disk or unreachable coordinator loses one.
 
     SPOOL/incoming/LEASE/    a delta that is being written; after a crash it is dropped and the unit is trained again
-    SPOOL/pending/CLAIM/     state.json, lease.json, claim.json, delta.safetensors, and the receipts as they come
+    SPOOL/pending/CLAIM/     state.json, lease.json, claim.json, delta.safetensors.zst, and the receipts as they come
     SPOOL/settled/CLAIM/     the same with verdict.json: the volunteer's proof of what was done; the delta stays only if
                              the verdict rejects it, until the time for an appeal is over
     SPOOL/refused/CLAIM/     the same, with code and sentence in state.json
@@ -67,7 +67,7 @@ class SpoolEntry:
 
     def artifact_path(self, role: str) -> Path:
         """Return the file of one of the claim's artifacts."""
-        return self.directory / f"{role}.safetensors"
+        return self.directory / f"{role}.safetensors.zst"
 
     def document(self, name: str) -> bytes | None:
         """Return a stored document, or None if it has not come yet."""
@@ -144,7 +144,7 @@ class Spool:
             with disk_named(draft):
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(mode=0o700)
-                delta = draft / f"{ROLE_DELTA}.safetensors"
+                delta = draft / f"{ROLE_DELTA}.safetensors.zst"
                 write_delta(delta)
                 claim, claim_envelope = sign_claim(delta)
             unit = SpooledUnit(claim=claim, lease=lease, state=SpoolState.TRAINED)
@@ -238,7 +238,7 @@ class Spool:
     def _spare_deltas(self) -> list[Path]:
         """Return the deltas that are not the only copy, oldest first; those of rejected units go last."""
         found = []
-        for path in self.root.glob("*/*/*.safetensors"):
+        for path in self.root.glob("*/*/*.safetensors.zst"):
             area = path.parent.parent.name
             if area == "settled" or area == "refused" or (area == "pending" and self._is_spare(path.parent)):
                 found.append(path)

@@ -5,21 +5,18 @@ three times one, not eight times. It is the run's own model and loss (`mmdit`), 
 a test holds it to `diloco.unit.run_unit` on the same draws, within rounding.
 """
 
-import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.procedural import MODEL
 from diloco.genesis import initial_state
 from diloco.schema import Schema, schema_of
 from diloco.tables import Floats
-from mmdit import attention
 from mmdit.flow import flow_loss_B
 from mmdit.transformer import build
 
@@ -77,7 +74,8 @@ class CrowdModel:
 
     def gradients(self, flat_VP: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return each volunteer's gradient [V, P] and loss [V]."""
-        with _vectorisable():
+        # `vmap` does not know the fused kernel of processors.
+        with sdpa_kernel(SDPBackend.MATH):
             return self._gradients(flat_VP, *batch)
 
     def loss(self, flat: Tensor, batch: Batch) -> float:
@@ -116,31 +114,3 @@ def train(
         spread_VP = (moments.v / (1 - BETA2**moments.steps)).sqrt_().add_(EPS)
         flat_VP.addcdiv_(moments.m, spread_VP, value=-rate / (1 - BETA1**moments.steps))
     return flat_VP
-
-
-@contextmanager
-def _vectorisable() -> Any:
-    """Let attention be written out, and unread parameters be plain: `vmap` knows neither the fused kernel nor ours."""
-    kept = attention._attend, attention._WithUnread
-    attention._attend, attention._WithUnread = _attend, _Unread  # type: ignore[assignment,misc]
-    try:
-        yield
-    finally:
-        attention._attend, attention._WithUnread = kept  # type: ignore[misc]
-
-
-class _Unread:
-    @staticmethod
-    def apply(x: Tensor, *unread: Tensor) -> Tensor:
-        return x + 0.0 * torch.stack([tensor.sum() for tensor in unread]).sum()
-
-
-def _attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHE, k_BSHE, v_BSHE))
-    shares = torch.softmax(q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1])), -1)
-    return (shares @ v).transpose(1, 2).flatten(2)
-
-
-def numpy_seed(*parts: int) -> np.random.Generator:
-    """Return a generator for benchmark data, which nobody has to derive again on another machine."""
-    return np.random.default_rng(parts)

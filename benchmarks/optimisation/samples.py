@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.optimisation.crowd import Batch, numpy_seed
+from benchmarks.optimisation.crowd import Batch
 from benchmarks.procedural import COLUMNS, CONDITIONING, LIGHTS, ROWS, SHAPES, draw_pictures
 from diloco.tables import TABLE_SIZE, logit_normal_table
 from mmdit.conditioning import encode_caption
@@ -35,7 +35,7 @@ class RoundSamples:
     """What is trained on in one round."""
 
     def __init__(self, seed: int, number: int, shape: Shape) -> None:
-        random = numpy_seed(seed, number)
+        random = np.random.default_rng((seed, number))
         latent, captions = _pictures(random, shape.samples)
         dropped = torch.from_numpy(random.random(shape.samples) < TEXT_DROPOUT)
         text, pooled = _texts()
@@ -63,7 +63,7 @@ class RoundSamples:
 @lru_cache(maxsize=1)
 def heldout() -> Batch:
     """Return fixed samples that are never trained on, with noise, and timesteps spread evenly over their density."""
-    random = numpy_seed(_HELDOUT_SEED)
+    random = np.random.default_rng((_HELDOUT_SEED,))
     latent, captions = _pictures(random, HELDOUT)
     text, pooled = _texts()
     noise = torch.from_numpy(random.standard_normal(latent.shape, dtype=np.float32))

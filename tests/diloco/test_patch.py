@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diloco.codec import bf16_to_f32, decode
-from diloco.patch import THRESHOLD_ONE, PatchConfig, PatchWriter, apply_patches, open_patch, round_step
+from diloco.codec import UNIT, bf16_to_f32, decode
+from diloco.patch import PatchConfig, PatchWriter, apply_patches, open_patch, round_step
 from diloco.schema import Schema, TensorSpec
 from diloco.streams import Stream
 from diloco.tables import Floats
 from protocol.errors import CheckpointCorrupt, DeltaNotFinite
 from tests.diloco.examples import SEED
 
-PATCH = PatchConfig(block=64, threshold=THRESHOLD_ONE)
+PATCH = PatchConfig(block=64, threshold=UNIT)
 finite = st.floats(min_value=-1e6, max_value=1e6, width=32, allow_subnormal=False)
 steps = hnp.arrays(np.float32, st.integers(1, 300), elements=finite)
 
@@ -51,7 +51,7 @@ def test_what_waits_stays_within_a_few_steps_however_long_the_run() -> None:
     largest = 0.0
     for number in range(1, 300):
         step = steady + stream.normal(number, 0, 1024)
-        residual = round_step(residual + step, PatchConfig(block=1024, threshold=THRESHOLD_ONE), "x").residual
+        residual = round_step(residual + step, PatchConfig(block=1024, threshold=UNIT), "x").residual
         largest = max(largest, float(np.linalg.norm(residual) / np.linalg.norm(step)))
     assert largest < 1.0
 
@@ -69,7 +69,7 @@ def test_a_step_that_is_not_finite_is_not_published(value: float) -> None:
     step = np.zeros(10, dtype=np.float32)
     step[3] = value
     with pytest.raises(DeltaNotFinite, match="step of x"), np.errstate(over="ignore", invalid="ignore"):
-        round_step(np.full(10, value, dtype=np.float32), PATCH, "x")
+        round_step(step, PATCH, "x")
 
 
 @pytest.mark.parametrize(("block", "threshold"), [(64, 0), (64, 2000), (100, 256), (8, 256)])

@@ -9,7 +9,7 @@ import torch
 
 from protocol import layout
 from protocol.documents import Manifest
-from protocol.errors import DigestMismatch, NotServed
+from protocol.errors import BytesRefused, NotServed
 from protocol.trust import RunTrust
 from tests.verify.examples import RUN, PublishedRun, publish_run
 from tests.worker.files_server import FilesServer, serving
@@ -60,6 +60,21 @@ class Mirror:
 
     def sha256(self, checkpoint: int) -> str:
         return self.run.manifest(checkpoint).file(layout.WEIGHTS).sha256
+
+    def alter(self, checkpoint: int, name: str) -> str:
+        """Flip a bit at a file's end, sign for what it is now, and return its SHA-256."""
+        path = self.run.checkpoint(checkpoint) / name
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        sha256 = file_sha256(path)
+
+        def forged(manifest: Manifest) -> Manifest:
+            files = (replace(entry, sha256=sha256) if entry.path == name else entry for entry in manifest.files)
+            return replace(manifest, files=tuple(files))
+
+        self.run.forge(checkpoint, forged)
+        return sha256
 
     def thin(self, checkpoint: int) -> None:
         """Leave of a checkpoint what the coordinator leaves of one that is no snapshot."""
@@ -116,23 +131,28 @@ def test_weights_that_are_not_kept_follow_from_the_snapshot_before_them(mirror: 
     assert asked == [weights(2), weights(1), patch(2)]
 
 
-def test_a_patch_that_leads_elsewhere_is_not_believed(mirror: Mirror) -> None:
+def test_a_patch_that_leads_elsewhere_is_not_believed_and_the_weights_are_fetched_whole(mirror: Mirror) -> None:
     """Its bytes are as signed, but what it leads to is not."""
     mirror.fetch(1)
-    other = mirror.run.checkpoint(2) / layout.WEIGHTS
-    content = bytearray(other.read_bytes())
-    content[-1] ^= 1
-    other.write_bytes(content)
-    sha256 = file_sha256(other)
+    signed = mirror.alter(2, layout.WEIGHTS)
+    path, asked = mirror.fetch(2)
+    assert file_sha256(path) == signed
+    assert asked == [patch(2), weights(2)]
 
-    def forged(manifest: Manifest) -> Manifest:
-        files = (replace(entry, sha256=sha256) if entry.path == layout.WEIGHTS else entry for entry in manifest.files)
-        return replace(manifest, files=tuple(files))
 
-    mirror.run.forge(2, forged)
-    with pytest.raises(DigestMismatch, match="What the patches lead to"):
+def test_a_patch_that_is_none_costs_its_bytes_and_no_more(mirror: Mirror) -> None:
+    mirror.fetch(1)
+    mirror.alter(2, layout.PATCH)
+    path, asked = mirror.fetch(2)
+    assert file_sha256(path) == mirror.sha256(2)
+    assert asked == [patch(2), weights(2)]
+
+
+def test_where_only_a_bad_patch_is_left_nothing_is_believed(mirror: Mirror) -> None:
+    mirror.alter(2, layout.PATCH)
+    mirror.thin(2)
+    with pytest.raises(BytesRefused):
         mirror.fetch(2)
-    assert sha256 not in {path.name for path in (mirror.cache / "files").iterdir()}
 
 
 def test_weights_that_nobody_keeps_are_said_to_be_missing(mirror: Mirror) -> None:
@@ -150,3 +170,13 @@ def test_from_a_directory_old_weights_are_made_beside_it_and_not_in_it(mirror: M
     assert sorted(mirror.run.public.rglob("*")) == before
     with pytest.raises(NotServed, match="not kept any more"):
         fetch_materials(DirectoryFiles(mirror.run.public), mirror.trust, needs)
+
+
+def test_old_manifests_make_room_for_new_ones_and_not_for_themselves(
+    mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.library._MANIFESTS_KEPT", 1)
+    mirror.fetch(1)
+    path, asked = mirror.fetch(3)
+    assert file_sha256(path) == mirror.sha256(3)
+    assert sorted(asked) == [patch(2), patch(3)]

@@ -152,7 +152,7 @@ def test_a_refused_unit_is_set_aside_with_code_and_sentence_and_the_worker_goes_
     (directory,) = spooled(tmp_path / "home", "refused")
     assert directory.name == refused["claim"]
     assert error.code in (directory / "state.json").read_text()
-    assert (directory / "delta.safetensors").exists()
+    assert (directory / "delta.safetensors.zst").exists()
     assert recorder.named("finished")[0]["refused"] == 1
     assert len(run.received()) >= 1
 
@@ -170,7 +170,7 @@ def test_a_unit_that_was_judged_before_its_bytes_came_has_its_verdict_and_is_not
     assert not recorder.named("refused")
     assert [verdict["outcome"] for verdict in recorder.named("verdict")] == [outcome]
     (settled,) = spooled(tmp_path / "home", "settled")
-    assert (settled / "delta.safetensors").exists() is kept
+    assert (settled / "delta.safetensors.zst").exists() is kept
 
 
 def test_an_owner_who_is_banned_hears_it_and_keeps_the_unit(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_receipt_by_a_foreign_key_is_not_believed_and_the_delta_is_kept(tmp_pa
     run, recorder, files = asyncio.run(scenario())
 
     assert recorder.waits() == {"ANSWER_INVALID"}
-    assert {path.name for path in files} == {"state.json", "lease.json", "claim.json", "delta.safetensors"}
+    assert {path.name for path in files} == {"state.json", "lease.json", "claim.json", "delta.safetensors.zst"}
     assert recorder.named("finished")[0]["waiting_units"] == 1
     assert not run.received()
 
@@ -302,7 +302,7 @@ def test_a_delta_that_this_disk_has_damaged_is_set_aside(tmp_path: Path) -> None
             await work(run, home, first, stop=stop)
             run.errors.clear()
             (entry,) = spooled(home, "pending")
-            with (entry / "delta.safetensors").open("r+b") as file:
+            with (entry / "delta.safetensors.zst").open("r+b") as file:
                 file.truncate(1000)
             again = Recorder()
             await work(run, home, again, units=1, stop=Stop())
@@ -323,7 +323,7 @@ def test_a_unit_whose_bytes_are_not_wanted_is_kept_until_its_verdict(tmp_path: P
             worker = asyncio.create_task(work(run, tmp_path / "home", recorder))
             await run.until(lambda: "GetVerdicts" in run.log)
             (entry,) = spooled(tmp_path / "home", "pending")
-            kept = (entry / "delta.safetensors").exists()
+            kept = (entry / "delta.safetensors.zst").exists()
             run.verdict_for = lambda attempt: "accepted"
             run.finish_when_done = True
             await worker
@@ -335,7 +335,7 @@ def test_a_unit_whose_bytes_are_not_wanted_is_kept_until_its_verdict(tmp_path: P
     assert "Upload" not in run.log
     assert recorder.named("verdict")[0]["outcome"] == "accepted"
     (settled,) = spooled(tmp_path / "home", "settled")
-    assert not (settled / "delta.safetensors").exists()
+    assert not (settled / "delta.safetensors.zst").exists()
 
 
 def test_a_kept_replica_whose_bytes_are_wanted_after_all_is_sent_even_when_the_run_is_over(tmp_path: Path) -> None:
@@ -433,4 +433,4 @@ def test_a_rejecting_verdict_is_told_and_kept(tmp_path: Path) -> None:
     assert Spool(tmp_path / "home/spool" / run.run).pending() == ()
     (settled,) = spooled(tmp_path / "home", "settled")
     assert SpoolState.REJECTED.value in (settled / "state.json").read_text()
-    assert (settled / "delta.safetensors").read_bytes() == bytes(run.received()[0].stored)
+    assert (settled / "delta.safetensors.zst").read_bytes() == bytes(run.received()[0].stored)

@@ -60,7 +60,7 @@ def test_a_delta_that_was_being_written_at_a_crash_is_dropped(tmp_path: Path) ->
     Spool(tmp_path)
     draft = tmp_path / "incoming" / ("1e" * 16)
     draft.mkdir()
-    (draft / "delta.safetensors").write_bytes(b"half")
+    (draft / "delta.safetensors.zst").write_bytes(b"half")
 
     assert Spool(tmp_path).pending() == ()
     assert not draft.exists()
@@ -217,7 +217,7 @@ def test_only_the_newest_refused_deltas_are_kept_but_all_their_documents(
         spool.record(entry, RefusedForGood(code="CLAIM_MISMATCH", sentence="No."))
 
     assert len(list((tmp_path / "refused").iterdir())) == SPARE_DELTAS_KEPT + 2
-    assert len(list((tmp_path / "refused").glob("*/delta.safetensors"))) == SPARE_DELTAS_KEPT
+    assert len(list((tmp_path / "refused").glob("*/delta.safetensors.zst"))) == SPARE_DELTAS_KEPT
     assert LeaseId(f"{0:032x}") in spool.refused_leases()
 
 
