@@ -6,11 +6,15 @@ _REVEALED = "epochs_revealed"
 
 
 def reveal_epochs(desk: Desk, published: int) -> int:
-    """Reveal the secret of each epoch up to `published` whose drawn claims are settled; return how many."""
+    """Reveal the secret of each epoch up to `published` whose drawn claims are settled; return how many.
+
+    A claim whose bytes may still come in time holds its epoch's secret back, drawn or not: bytes that come when
+    everybody knows that they were not drawn are audited (`AuditReason.OVERDUE`), which honest work should not cost.
+    """
     first = int(desk.store.meta(_REVEALED) or 0) + 1
     revealed = 0
     for epoch in range(first, published + 1):
-        if desk.store.in_doubt_count(epoch):
+        if desk.store.in_doubt_count(epoch) or desk.store.awaited_count(epoch, desk.clock.now_ms()):
             break  # in their order: whoever reads the log need not search for a gap
         desk.log("epoch-revealed", {"epoch": epoch, "secret": desk.epoch_secret(epoch).hex()})
         desk.store.put_meta(_REVEALED, str(epoch))

@@ -322,6 +322,10 @@ class SqliteStore:
         """See `Store.in_doubt_count`."""
         return self._count("in_doubt_count", epoch=epoch)
 
+    def awaited_count(self, epoch: int, now_ms: int) -> int:
+        """See `Store.awaited_count`."""
+        return self._count("awaited_count", epoch=epoch, now_ms=now_ms, never_ms=NEVER_MS)
+
     def add_opinion(self, audit: int, claim: Digest, auditor: KeyId, finding: str, envelope: bytes) -> None:
         """See `Store.add_opinion`."""
         self._write("add_opinion", audit=audit, claim=claim, auditor=auditor, finding=finding, envelope=envelope)

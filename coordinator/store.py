@@ -260,6 +260,10 @@ class Store(Protocol):
         """Return how many claims of an epoch still wait for an audit, appeals and audits back not counted."""
         ...
 
+    def awaited_count(self, epoch: int, now_ms: int) -> int:
+        """Return how many claims of an epoch may still bring their bytes in time."""
+        ...
+
     def add_opinion(self, audit: int, claim: Digest, auditor: KeyId, finding: str, envelope: bytes) -> None:
         """Store an auditor's signed opinion on a claim; one of each auditor MUST stand for each audit and claim."""
         ...

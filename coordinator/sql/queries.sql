@@ -164,6 +164,12 @@ SELECT (SELECT count(*) FROM attempts
           AND NOT appealed
           AND state IN ('wants_replica', 'replicated', 'wants_bytes', 'wants_referee', 'wants_second')) AS number;
 
+-- name: awaited_count
+-- The states are those of the index: what is only leased has no epoch yet.
+SELECT count(*) AS number FROM attempts
+WHERE state IN ('leased', 'claimed', 'sketched') AND deadline_ms > :now_ms AND deadline_ms < :never_ms
+  AND epoch = :epoch;
+
 -- name: add_audit
 INSERT INTO audits (unit, lease, owner, claim, epoch, reason, state, deadline_ms, replica, auditor, refuted_by, appealed)
 VALUES (:unit, :lease, :owner, :claim, :epoch, :reason, :state, :deadline_ms, :replica, :auditor, :refuted_by,

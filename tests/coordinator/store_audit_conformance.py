@@ -21,6 +21,7 @@ from coordinator.audits import advance as advance_audit
 from coordinator.rounds import Round
 from coordinator.store import Store
 from coordinator.units import (
+    NEVER_MS,
     Excused,
     Expired,
     HandedBack,
@@ -287,6 +288,19 @@ class AuditConformance(OpensStore):
         assert filled.in_doubt_count(3) == 0
         save(filled, failed, advance_audit(failed, Appealed())[0])
         assert filled.in_doubt_count(3) == 0
+
+    def test_bytes_are_awaited_from_the_claim_until_they_come_or_their_time_is_over(self, filled: Store) -> None:
+        start = lease(filled, "a", 0)
+        assert filled.awaited_count(1, 0) == 0
+        claimed = save(filled, start, examples.claimed(start))
+        deadline = claimed.deadline_ms
+        assert [filled.awaited_count(epoch, deadline - 1) for epoch in (1, 2)] == [1, 0]
+        assert filled.awaited_count(1, deadline) == 0
+        given_up = save(filled, claimed, replace(claimed, deadline_ms=NEVER_MS))
+        assert filled.awaited_count(1, deadline - 1) == 0
+        again = save(filled, given_up, claimed)
+        save(filled, again, examples.received(start))
+        assert filled.awaited_count(1, deadline - 1) == 0
 
     def test_opinions_stand_in_the_order_of_their_arrival_one_of_each_auditor_on_a_claim(self, filled: Store) -> None:
         _, subject = deliver(filled, "a", 0)

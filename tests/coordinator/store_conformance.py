@@ -124,6 +124,7 @@ class StoreConformance(OpensStore):
             store.device_count(), store.received_count(1), store.ready_count(1), store.wasted_count(NOBODY, 1),
             store.unsent_count(NOBODY),
             store.established_others(NOBODY), store.failed_count(NOBODY), store.in_doubt_count(1),
+            store.awaited_count(1, 0),
         }  # fmt: skip
         assert set(singles) == {None}
         assert set(many) == {()}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from coordinator.audits import AuditState
+from coordinator.audits import AuditState, Scrutiny
 from coordinator.owners import OwnerState
 from coordinator.units import Outcome, UnitState
 from protocol.calls import Instruction
@@ -89,6 +89,34 @@ def test_no_secret_is_revealed_before_its_round_is_published(opening: Opening) -
     office.reveal()
     assert revealed(office) == {}
     office.publish()
+    assert list(revealed(office)) == [1]
+
+
+def test_a_secret_waits_for_bytes_that_may_still_come_in_time(opening: Opening) -> None:
+    office = opening(floor=0, planned=9, staleness_bound=2)
+    ada, slow = office.volunteer("ada", record=ESTABLISHED), office.volunteer("slow", record=ESTABLISHED)
+    on_its_way = office.train(slow)
+    office.deliver(ada)
+    assert office.publish()
+    office.reveal()
+    assert revealed(office) == {}
+    office.receive(on_its_way)
+    assert office.attempt(on_its_way).scrutiny is Scrutiny.NONE
+    office.reveal()
+    assert list(revealed(office)) == [1]
+    office.deliver(ada)
+    assert office.publish()
+    assert office.code(on_its_way) == "MERGED"
+
+
+def test_a_secret_does_not_wait_for_bytes_that_are_late(opening: Opening) -> None:
+    office = opening(floor=0, planned=9, staleness_bound=2)
+    ada, never = office.volunteer("ada", record=ESTABLISHED), office.volunteer("never", record=ESTABLISHED)
+    office.train(never)
+    office.deliver(ada)
+    assert office.publish()
+    office.wait(LEASE_MS)
+    office.reveal()
     assert list(revealed(office)) == [1]
 
 
