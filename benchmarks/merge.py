@@ -49,7 +49,7 @@ COUNTS: Final = (8, 32, 128)
 DISTINCT: Final = 4
 MEMORY_GROWTH: Final = 1.10
 WEIGHING_SHARE: Final = 0.10
-CODEC: Final = CodecConfig(kind="dither", levels=1, block=1024, reach=704, width=128)
+CODEC: Final = CodecConfig(kind="dither", levels=1, block=1024, reach=704, width=64)
 UNIT_ID: Final = bytes(32)
 SEED: Final = bytes(range(32))
 ROUNDS: Final = Rounds(

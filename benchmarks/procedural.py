@@ -192,7 +192,7 @@ def small_run(
         ),
         training=_training(steps, batch, precision, eps or (1e-8 if precision == "fp32" else 1e-4)),
         codec=(
-            Codec(kind="dither", levels=1, block=1024, reach=704, width=128)
+            Codec(kind="dither", levels=1, block=1024, reach=704, width=64)
             if levels == 1
             else Codec(kind="dither", levels=levels, block=256, reach=1280, width=256)
         ),

@@ -137,7 +137,7 @@ class CodecSettings(_Section):
         description="What the largest code stands for, in mean magnitudes of a block; with 7 levels or more take 5.",
     )
     width: float = Field(
-        default=0.5,
+        default=0.25,
         ge=0,
         le=1,
         description="Width of the dither, in scales: 1 is without bias and noisy, 0 rounds to the nearest. With 7 "
@@ -155,7 +155,7 @@ class PatchSettings(_Section):
 
     block: int = Field(default=1024, ge=16, le=65_536, description="Parameters that share a scale; a power of two.")
     threshold: float = Field(
-        default=1.125,
+        default=1.275,
         ge=1 / 256,
         le=4,
         description="Share of a block's mean magnitude from which a parameter moves at once. A lower one makes patches "

@@ -1,6 +1,7 @@
 """Tables of the benchmarks' results, from `benchmarks/results/*.json`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,9 +10,20 @@ from docs.markdown import table
 RESULTS: Final = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
+_CONVERGENCE: Final = "convergence_"
+
+
 def benchmarks(results: Path = RESULTS) -> str:
-    """Return every result: where and when it was measured, its targets, its rows."""
-    files = sorted(results.glob("*.json"))
+    """Return every result but those of convergence: where and when it was measured, its targets, its rows."""
+    return _results([path for path in sorted(results.glob("*.json")) if not path.name.startswith(_CONVERGENCE)])
+
+
+def convergence(results: Path = RESULTS) -> str:
+    """Return the results of `benchmarks.convergence`, which have a page of their own."""
+    return _results(sorted(results.glob(f"{_CONVERGENCE}*.json")))
+
+
+def _results(files: Sequence[Path]) -> str:
     if not files:
         return "\nNo results are recorded yet; `make bench` measures and records them.\n\n"
     return "".join(_result(json.loads(path.read_text(encoding="utf-8"))) for path in files)

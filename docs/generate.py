@@ -66,6 +66,7 @@ BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "audit-events": worker_tables.audit_events,
     "commands": command_reference.commands,
     "benchmarks": benchmark_tables.benchmarks,
+    "convergence": benchmark_tables.convergence,
 }
 """Every generated part, by name."""
 

@@ -33,11 +33,12 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(slots=True, kw_only=True)
 class Moments:
-    """AdamW's state of each volunteer, [V, P]; `steps` it was built from, which the bias correction counts."""
+    """AdamW's state of each volunteer, [V, P]; the steps that each was built from, which the bias correction counts."""
 
     m: Tensor
     v: Tensor
-    steps: int = 0
+    m_steps: int = 0
+    v_steps: int = 0
 
     @classmethod
     def zeros(cls, volunteers: int, parameters: int) -> "Moments":
@@ -67,10 +68,14 @@ class CrowdModel:
 
     def tensors(self, flat: Tensor) -> dict[str, Floats]:
         """Cut one vector into the schema's tensors; they share its memory."""
-        parts = torch.split(flat, self._sizes)
+        parts = self.split(flat)
         return {
             spec.name: part.numpy().reshape(spec.shape) for spec, part in zip(self.schema.tensors, parts, strict=True)
         }
+
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Cut vectors, [..., P], into the tensors' parts."""
+        return torch.split(flat, self._sizes, dim=-1)
 
     def gradients(self, flat_VP: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return each volunteer's gradient [V, P] and loss [V]."""
@@ -84,7 +89,7 @@ class CrowdModel:
             return float(self._loss(flat, *batch))
 
     def _loss(self, flat: Tensor, latent: Tensor, text: Tensor, pooled: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        parts = torch.split(flat, self._sizes)
+        parts = self.split(flat)
         weights = {spec.name: part.view(spec.shape) for spec, part in zip(self.schema.tensors, parts, strict=True)}
 
         def predict(*inputs: Tensor) -> Tensor:
@@ -99,18 +104,21 @@ def train(
     flat_VP: Tensor,
     moments: Moments,
     batches: Callable[[int], Batch],
-    rates: list[float],
+    rates_SV: Tensor,
 ) -> Tensor:
-    """Return each volunteer's weights after AdamW steps at these learning rates; `moments` move along."""
+    """Return each volunteer's weights after AdamW steps at these learning rates; `moments` move along.
+
+    Rates are [S, V] or, for all volunteers the same, [S, 1]. At a rate of 0 a volunteer's weights stay.
+    """
     flat_VP = flat_VP.clone()
-    for step, rate in enumerate(rates):
+    for step, rate_V1 in enumerate(rates_SV.unsqueeze(2)):
         gradient_VP, _ = model.gradients(flat_VP, batches(step))
         norm_V1 = gradient_VP.norm(dim=1, keepdim=True)
         gradient_VP = gradient_VP * (GRAD_CLIP / (norm_V1 + 1e-6)).clamp(max=1.0)
-        moments.steps += 1
+        moments.m_steps, moments.v_steps = moments.m_steps + 1, moments.v_steps + 1
         moments.m.lerp_(gradient_VP, 1 - BETA1)
         moments.v.mul_(BETA2).addcmul_(gradient_VP, gradient_VP, value=1 - BETA2)
-        flat_VP.mul_(1 - rate * WEIGHT_DECAY)
-        spread_VP = (moments.v / (1 - BETA2**moments.steps)).sqrt_().add_(EPS)
-        flat_VP.addcdiv_(moments.m, spread_VP, value=-rate / (1 - BETA1**moments.steps))
+        flat_VP.mul_(1 - rate_V1 * WEIGHT_DECAY)
+        spread_VP = (moments.v / (1 - BETA2**moments.v_steps)).sqrt_().add_(EPS)
+        flat_VP.addcdiv_(moments.m * rate_V1, spread_VP, value=-1 / (1 - BETA1**moments.m_steps))
     return flat_VP

@@ -1,34 +1,20 @@
 """The ways of training together that are compared, and what each sends up and down in a round."""
 
-from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from benchmarks.optimisation.combining import Combine, Weighted
 from benchmarks.optimisation.crowd import CrowdModel
-from diloco.codec import CodecConfig, encode
-from diloco.merge import OuterConfig, outer_step
-from diloco.packing import Packed
+from benchmarks.optimisation.traffic import Coder, Traffic, bits, count, no_counts
+from diloco.codec import CodecConfig
+from diloco.merge import OuterConfig
 from diloco.patch import PatchConfig, round_step
 from diloco.tables import Floats
 
-State = Literal["private", "reset"]
-"""AdamW's moments: kept by each volunteer from unit to unit, or zero at the start of each unit."""
-
 FP32: Final = 32.0
-_SCALE_BITS: Final = 16
-_PACKED: Final = 1.02
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
-    """Bits per parameter that one volunteer sends and fetches in a round."""
-
-    up: float
-    down: float
 
 
 class Exchange(Protocol):
@@ -37,18 +23,6 @@ class Exchange(Protocol):
     def step(self, deltas_VP: Tensor, number: int, /) -> tuple[Tensor, Traffic]:
         """Return by how much the common weights fall, [P], and what was sent."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inner:
-    """The inner loop of a method.
-
-    warmup: share of a unit's steps over which the rate rises, in each unit with `reset`, in the first with `private`.
-    """
-
-    lr: float
-    state: State
-    warmup: float = 0.25
 
 
 class Plain:
@@ -65,8 +39,7 @@ class Plain:
             deltas_VP = _int8(deltas_VP)
         if self._v is None:
             self._v = np.zeros(deltas_VP.shape[1], dtype=np.float32)
-        weight = 2**24 // len(deltas_VP)
-        fall, self._v = outer_step(self._v, [(weight, delta.numpy().copy()) for delta in deltas_VP], self._outer)
+        fall, self._v = Weighted()([delta.numpy().copy() for delta in deltas_VP], self._v, self._outer)
         return torch.from_numpy(fall), Traffic(up=float(self._bits), down=float(self._bits))
 
 
@@ -100,69 +73,46 @@ class Ours:
 
     Args:
         patch: None sends the step down in fp32, to see what the patch costs.
+        combine: how deltas become a step.
     """
 
     def __init__(
-        self, model: CrowdModel, outer: OuterConfig, codec: CodecConfig | None, patch: PatchConfig | None, seed: int
+        self,
+        model: CrowdModel,
+        outer: OuterConfig,
+        codec: CodecConfig | None,
+        patch: PatchConfig | None,
+        seed: int,
+        combine: Combine | None = None,
     ) -> None:
         self._model = model
         self._outer = outer
-        self._codec = codec
+        self._coder = None if codec is None else Coder(model, codec, seed)
         self._patch = patch
-        self._seed = seed
+        self._combine = combine or Weighted()
         size = model.schema.num_elements
         self._v: Floats = np.zeros(size, dtype=np.float32)
         self._residual: Floats = np.zeros(size, dtype=np.float32)
 
     def step(self, deltas_VP: Tensor, number: int, /) -> tuple[Tensor, Traffic]:
         """See `Exchange`."""
-        decoded, up = self._up(deltas_VP, number)
-        weight = 2**24 // len(decoded)
-        fall, self._v = outer_step(self._v, [(weight, delta) for delta in decoded], self._outer)
+        if self._coder is None:
+            decoded, up = [delta.numpy().copy() for delta in deltas_VP], FP32
+        else:
+            decoded, up = self._coder.code(deltas_VP, number)
+        fall, self._v = self._combine(decoded, self._v, self._outer)
         if self._patch is None:
             return torch.from_numpy(fall), Traffic(up=up, down=FP32)
         total = self._residual + fall
-        patches, counts = [], np.zeros(256, dtype=np.int64)
-        for name, (start, stop) in self._places().items():
-            rounded = round_step(total[start:stop], self._patch, name)
+        patches, counts, start = [], no_counts(), 0
+        for spec in self._model.schema.tensors:
+            stop = start + spec.num_elements
+            rounded = round_step(total[start:stop], self._patch, spec.name)
             patches.append(rounded.patch)
             self._residual[start:stop] = rounded.residual
-            counts += _counts(rounded.packed, stop - start, self._patch.codec)
-        return torch.from_numpy(np.concatenate(patches)), Traffic(up=up, down=_bits(counts, self._patch.codec))
-
-    def _up(self, deltas_VP: Tensor, number: int) -> tuple[list[Floats], float]:
-        if self._codec is None:
-            return [delta.numpy().copy() for delta in deltas_VP], FP32
-        decoded, counts = [], np.zeros(256, dtype=np.int64)
-        for volunteer, delta in enumerate(deltas_VP):
-            seed = np.random.default_rng((self._seed, number, volunteer)).bytes(32)
-            coded = encode(self._model.tensors(delta), self._model.schema, self._codec, seed)
-            decoded.append(np.concatenate([part.reshape(-1) for part in coded.decoded().values()]))
-            for spec in self._model.schema.tensors:
-                counts += _counts(coded.codes[spec.name], spec.num_elements, self._codec)
-        return decoded, _bits(counts, self._codec)
-
-    def _places(self) -> dict[str, tuple[int, int]]:
-        places, start = {}, 0
-        for spec in self._model.schema.tensors:
-            places[spec.name] = (start, start + spec.num_elements)
-            start += spec.num_elements
-        return places
-
-
-def _counts(packed: Packed, elements: int, codec: CodecConfig) -> npt.NDArray[np.int64]:
-    numbers = codec.packing.unpack(packed, elements).astype(np.int64) + codec.levels
-    return np.bincount(numbers, minlength=256)
-
-
-def _bits(counts: npt.NDArray[np.int64], codec: CodecConfig) -> float:
-    """Return the bits per parameter that so many codes of each kind take in a large model's file.
-
-    That is their entropy, which zstd comes within two per cent of (`benchmarks.codec`), and each block's scale. A small
-    model's own files would count headers, tables and short blocks that a large one has no more of.
-    """
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log2(shares)).sum()) * _PACKED + _SCALE_BITS / codec.block
+            counts += count(rounded.packed, stop - start, self._patch.codec)
+            start = stop
+        return torch.from_numpy(np.concatenate(patches)), Traffic(up=up, down=bits(counts, self._patch.codec))
 
 
 def _int8(deltas_VP: Tensor) -> Tensor:

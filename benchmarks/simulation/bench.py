@@ -14,7 +14,7 @@ from benchmarks.simulation import scenes
 from benchmarks.simulation.measured import HONEST_ODDS, REFUSED, Odds
 from benchmarks.simulation.scenes import Crowd, default_verification, fingerprint
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Of what a cell holds and of the code that it measured; raise it to have everything measured again."""
 MEASURED: Final = RESULTS / "verify_attacks.json"
 """Where `benchmarks.verify` leaves what replicas and referees find of each attack."""

@@ -140,7 +140,7 @@ def test_a_run_in_bf16_says_so_in_its_config_and_reads_back() -> None:
 
 
 def test_deltas_of_a_new_run_are_ternary_unless_the_operator_says_otherwise() -> None:
-    assert config_of(Settings.parse("")).codec == Codec(kind="dither", levels=1, block=1024, reach=704, width=128)
+    assert config_of(Settings.parse("")).codec == Codec(kind="dither", levels=1, block=1024, reach=704, width=64)
     seven = Settings.parse("", ["codec.levels=7"])
     assert config_of(seven).codec.levels == 7
     (difference,) = differences(Settings.parse(""), config_of(seven))
