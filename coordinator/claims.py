@@ -32,6 +32,7 @@ from protocol.documents import (
     ClaimReceipt,
     Digest,
     LeaseId,
+    UnitId,
     Verdict,
     parse_payload,
     sign,
@@ -246,10 +247,7 @@ def expected_artifact(desk: Desk, session: Session, claim: bytes, role: str) -> 
     attempt = _attempt_of(desk, session, claim)
     if attempt.bytes_receipt is not None:
         return attempt.bytes_receipt
-    if attempt.state is AttemptState.JUDGED:
-        assert attempt.verdict_envelope is not None
-        verdict = parse_payload(Verdict, parse_envelope(attempt.verdict_envelope).payload)
-        raise BytesRefused(f"This claim was {verdict.outcome} already: {verdict.sentence}")
+    _check_unjudged(attempt)
     if attempt.state is not AttemptState.SKETCHED:
         raise StepOutOfOrder
     sketch = None
@@ -265,6 +263,19 @@ def expected_artifact(desk: Desk, session: Session, claim: bytes, role: str) -> 
     raise ClaimMismatch(f"The claim has no artifact called {role[:32]!r}.")
 
 
+def _check_unjudged(attempt: Attempt) -> None:
+    if attempt.state is AttemptState.JUDGED:
+        assert attempt.verdict_envelope is not None
+        verdict = parse_payload(Verdict, parse_envelope(attempt.verdict_envelope).payload)
+        raise BytesRefused(f"This claim was {verdict.outcome} already: {verdict.sentence}")
+
+
+def has_receipt_for(desk: Desk, unit: UnitId, artifact: Artifact) -> bool:
+    """Say whether somebody was given a receipt for these very bytes of a unit."""
+    attempts = desk.store.attempts_of_unit(unit)
+    return any(attempt.bytes_receipt is not None and artifact in attempt.artifacts for attempt in attempts)
+
+
 def record_received(desk: Desk, lease: LeaseId) -> bytes:
     """The artifact is stored and checked: give the receipt, and offer the attempt to its unit."""
     store = desk.store
@@ -272,6 +283,7 @@ def record_received(desk: Desk, lease: LeaseId) -> bytes:
     assert attempt is not None
     if attempt.bytes_receipt is not None:
         return attempt.bytes_receipt
+    _check_unjudged(attempt)
     if not auditing.serves(desk, lease):
         _check_age(desk, attempt.round)  # the round may have moved on while the bytes travelled: no receipt then
     assert attempt.claim_sha256 is not None

@@ -10,11 +10,14 @@ def reveal_epochs(desk: Desk, published: int) -> int:
 
     A claim whose bytes may still come in time holds its epoch's secret back, drawn or not: bytes that come when
     everybody knows that they were not drawn are audited (`AuditReason.OVERDUE`), which honest work should not cost.
+    After the last planned round nothing can be merged any more, and nothing is waited for.
     """
+    over = published >= desk.config.rounds.planned
     first = int(desk.store.meta(_REVEALED) or 0) + 1
     revealed = 0
     for epoch in range(first, published + 1):
-        if desk.store.in_doubt_count(epoch) or desk.store.awaited_count(epoch, desk.clock.now_ms()):
+        awaited = 0 if over else desk.store.awaited_count(epoch, desk.clock.now_ms())
+        if desk.store.in_doubt_count(epoch) or awaited:
             break  # in their order: whoever reads the log need not search for a gap
         desk.log("epoch-revealed", {"epoch": epoch, "secret": desk.epoch_secret(epoch).hex()})
         desk.store.put_meta(_REVEALED, str(epoch))

@@ -30,6 +30,8 @@ from protocol.errors import LeaseEnded, LeaseUnknown, OwnerBanned, RunFinished
 from protocol.keys import KeyId
 from protocol.layout import ROLE_DELTA
 from protocol.limits import (
+    KEPT_PER_ESTABLISHED,
+    KEPT_SHARE,
     LEASES_PER_OWNER_AT_LEAST,
     LEASES_PER_OWNER_SHARE,
     SECOND_MS,
@@ -150,9 +152,26 @@ def lease_unit(
     if unit is None:
         doing = "all its units are given out" if gives_out else "it is being merged"
         return NoWork(reason=f"round {current.round}: {doing}", retry_after_ms=SECOND_MS)
+    if not _has_room(desk, session.owner, current.round):
+        reason = f"newcomers have their share of round {current.round}, and wait for audits of it"
+        return NoWork(reason=reason, retry_after_ms=5 * SECOND_MS)
     assigned, _ = advance(unit, UnitAssigned())
     store.save_unit(unit, assigned)
     return _answer(_lease(desk, session, unit, random_bytes), now)
+
+
+def _has_room(desk: Desk, owner: KeyId, round_number: int) -> bool:
+    """Say whether an owner may have a unit, for all that newcomers have of the round.
+
+    Keys are free, so no cap of each newcomer keeps them from taking every unit with results that nobody believes until
+    auditors come to them. So a few units are kept for each established owner.
+    """
+    known, established = desk.store.owner(owner), desk.store.established_others(owner)
+    if known is not None and known.state is OwnerState.ESTABLISHED:
+        return True
+    units = desk.config.rounds.units
+    kept = min(units // KEPT_SHARE, KEPT_PER_ESTABLISHED * established)
+    return not kept or desk.store.held_by_newcomers(round_number) < units - kept
 
 
 def _replica(desk: Desk, session: Session, random_bytes: Callable[[int], bytes]) -> Attempt | None:

@@ -227,6 +227,10 @@ class SqliteStore:
         """See `Store.unsent_count`."""
         return self._count("unsent_count", owner=owner, never_ms=NEVER_MS)
 
+    def held_by_newcomers(self, round_number: int) -> int:
+        """See `Store.held_by_newcomers`."""
+        return self._count("held_by_newcomers", round=round_number, never_ms=NEVER_MS)
+
     def uploading_attempts(self, device: KeyId) -> tuple[Attempt, ...]:
         """See `Store.uploading_attempts`."""
         return self._all(attempt_of, "uploading_attempts", device=device)

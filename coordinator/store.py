@@ -154,6 +154,10 @@ class Store(Protocol):
         """Return how many claims of the owner's devices wait for their sketch or bytes, and are still in time."""
         ...
 
+    def held_by_newcomers(self, round_number: int) -> int:
+        """Return how many units of a round owners on probation work on, or have delivered and are audited for."""
+        ...
+
     def uploading_attempts(self, device: KeyId) -> tuple[Attempt, ...]:
         """Return the device's CLAIMED and SKETCHED attempts, the nearest deadline first."""
         ...

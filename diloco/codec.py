@@ -12,7 +12,7 @@ and a shorter reach are far less noisy, and their errors hardly add up: the delt
 scale, so that each rounds the others' bias away. Nothing is remembered from one delta to the next, so there is no
 hidden state, and whoever runs the unit again gets the same codes.
 
-Blocks whose mean magnitude is below 2^-100 are stored as zero, and larger values than 2^100 are refused, so that no
+Blocks whose mean magnitude is below 2^-100 are stored as zero, and larger values than 2^60 are refused, so that no
 decoded value is subnormal or can overflow: machines that flush subnormals to zero still agree.
 """
 
@@ -46,11 +46,16 @@ UNIT: Final = 256
 MAX_REACH: Final = 64 * UNIT
 SMALLEST_MEAN: Final = np.float32(2.0**-100)
 """Mean magnitude below which a block is stored as zero."""
-LARGEST: Final = np.float32(2.0**100)
-"""Largest magnitude that is coded."""
+LARGEST: Final = np.float32(2.0**60)
+"""Largest magnitude of a delta that is coded. What a merge and its momentum make of such deltas stays far below
+`LARGEST_STEP`, so that no legal delta can keep a closed round from being published."""
+LARGEST_STEP: Final = np.float32(2.0**100)
+"""Largest magnitude of an outer step that is coded."""
 SMALLEST_SCALE: Final = np.uint16(0x0600)
-LARGEST_SCALE: Final = np.uint16(0x7500)
-"""The bits of the bf16 numbers 2^-115 and 2^107: no scale that an encoder writes lies beyond."""
+LARGEST_SCALE: Final = np.uint16(0x6100)
+"""The bits of the bf16 numbers 2^-115 and 2^67: no scale of a delta that an encoder writes lies beyond."""
+LARGEST_STEP_SCALE: Final = np.uint16(0x7180)
+"""2^100, for patches."""
 _DOMAIN: Final = b"commonweight/delta/v2\0"
 
 
@@ -170,7 +175,7 @@ def encode(delta: Mapping[str, Floats], schema: Schema, codec: CodecConfig, seed
         seed: the unit's 32-byte seed.
 
     Raises:
-        DeltaNotFinite: a value is NaN, infinite or beyond 2^100.
+        DeltaNotFinite: a value is NaN, infinite or beyond 2^60.
         ValueError: names, shapes or dtypes are not those of the schema.
     """
     if set(delta) != set(schema.names):
@@ -212,18 +217,19 @@ def bf16_to_f32(bits: Scales) -> Floats:
     return widened.view(np.float32)
 
 
-def check_scales(scales: Scales, name: str) -> None:
-    """Refuse scales that no encoder writes.
+def check_scales(scales: Scales, name: str, *, kind: str = DITHER) -> None:
+    """Refuse scales that no encoder of this kind writes.
 
     Raises:
         DeltaNotFinite: NaN, infinite, or so large that a sum of deltas could overflow.
         DeltaCodeIllegal: negative, subnormal, or below the smallest that an encoder writes.
     """
+    largest = LARGEST_SCALE if kind == DITHER else LARGEST_STEP_SCALE
     magnitude = scales & np.uint16(0x7FFF)
-    if magnitude.size and np.max(magnitude) > LARGEST_SCALE:
+    if magnitude.size and np.max(magnitude) > largest:
         raise DeltaNotFinite(f"Tensor {name} of the delta holds a scale that is not finite or beyond any honest value.")
     # What remains is legal exactly if it is zero or at least the smallest: negatives wrap round to large numbers here.
-    if np.any((scales != 0) & ((scales < SMALLEST_SCALE) | (scales > LARGEST_SCALE))):
+    if np.any((scales != 0) & ((scales < SMALLEST_SCALE) | (scales > largest))):
         raise DeltaCodeIllegal(
             f"Tensor {name} of the delta holds a negative or subnormal scale; no encoder writes one."
         )
@@ -313,7 +319,7 @@ def sum_rows(values_GB: Floats) -> Floats:
 def _scale_bits(x_GB: Floats, elements: int, codec: CodecConfig, name: str) -> Scales:
     magnitude_GB = np.abs(x_GB)
     if not np.max(magnitude_GB) <= LARGEST:  # NaN is not <= anything
-        raise DeltaNotFinite(f"Tensor {name} of the delta holds a value that is not finite or is beyond 2^100.")
+        raise DeltaNotFinite(f"Tensor {name} of the delta holds a value that is not finite or is beyond 2^60.")
     mean = mean_rows(magnitude_GB, elements)
     return np.where(mean < SMALLEST_MEAN, np.uint16(0), bf16_upward(np.multiply(mean, codec.share)))
 

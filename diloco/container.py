@@ -130,7 +130,7 @@ class Container:
         for spec in self.schema.tensors:
             for start, stop in chunk_ranges(spec.num_elements, 4 * DECODE_CHUNK):
                 codes, scales = self.coded(spec.name, start, stop)
-                check_scales(scales, spec.name)
+                check_scales(scales, spec.name, kind=self.codec.kind)
                 check_codes(codes, scales, stop - start, codec=self.codec, name=spec.name)
 
     def content_digest(self) -> bytes:

@@ -25,7 +25,7 @@ import numpy as np
 from diloco.checkpoint import FileDigest, TensorFile, TensorFileWriter
 from diloco.codec import (
     DEAD_ZONE,
-    LARGEST,
+    LARGEST_STEP,
     SMALLEST_SCALE,
     UNIT,
     CodecConfig,
@@ -93,7 +93,7 @@ def round_step(total: Floats, config: PatchConfig, name: str) -> Rounded:
     codec = config.codec
     x_GB = in_blocks(total, config.block)
     magnitude_GB = np.abs(x_GB)
-    if not np.max(magnitude_GB) <= LARGEST:  # NaN is not <= anything
+    if not np.max(magnitude_GB) <= LARGEST_STEP:  # NaN is not <= anything
         raise DeltaNotFinite(f"The step of {name} is not finite or beyond 2^100; the round cannot be published so.")
     mean_G = mean_rows(magnitude_GB, total.size)
     kept_GB = magnitude_GB > np.multiply(mean_G, np.float32(config.threshold / UNIT))[:, None]

@@ -11,7 +11,9 @@ The inner product of two sketches estimates that of the drawn rows without bias,
 the product of their norms. Most often it says nothing about a change confined to a few rows: that is for audits.
 
 How large the whole delta is follows from all of its scales, which are few and all read, and from how large codes are on
-the average in the drawn rows. A loud block cannot hide: only its scale makes it loud.
+the average in the drawn rows. It is at least what the scales alone say: a block's scale is `reach` times its mean
+magnitude (over the levels), and no sum of squares is below that of the mean. So a loud block cannot hide, not even
+among other loud ones that are silent.
 """
 
 import math
@@ -65,7 +67,8 @@ def weigh_delta(container: Container, seed: bytes) -> Weighing:
     """Return a delta's sketch and size under a round's secret seed.
 
     Sketches can be compared only under the same seed. What is drawn is not scaled up: a sketch is in units of the drawn
-    rows; `norm2` is that of the whole delta, and exact up to rounding where every run is drawn.
+    rows. `norm2` is that of the whole delta; where every run is drawn, exact up to rounding, unless the scales stand
+    for more than the codes.
 
     Args:
         container: must have passed `check_finite`.
@@ -88,8 +91,10 @@ def weigh_delta(container: Container, seed: bytes) -> Weighing:
     whole = _loudness(bf16_to_f32(scales), plan.elements)
     drawn = math.fsum(loudnesses)
     if drawn == 0.0 and whole > 0.0:
-        return Weighing(sketch=buckets, norm2=delta_norm2(container))  # all that was drawn is silent
-    return Weighing(sketch=buckets, norm2=math.fsum(energies) * (whole / drawn) if drawn else 0.0)
+        norm2 = delta_norm2(container)  # all that was drawn is silent
+    else:
+        norm2 = math.fsum(energies) * (whole / drawn) if drawn else 0.0
+    return Weighing(sketch=buckets, norm2=max(norm2, whole / float(container.codec.share) ** 2))
 
 
 def weighing_sketch(container: Container, seed: bytes) -> Floats:

@@ -119,7 +119,11 @@ MAX_HTTP_CONNECTIONS_PER_ADDRESS: Final = 256
 LEASED_PER_DEVICE: Final = 1
 """Units that one device trains at once."""
 LEASES_PER_OWNER_SHARE: Final = 4
-"""One owner's devices may hold a quarter (1/4) of a round's units at once: nobody can lock a round up."""
+"""One owner's devices may hold a quarter (1/4) of a round's units at once."""
+KEPT_PER_ESTABLISHED: Final = 4
+"""Units of a round that newcomers, whose keys are free, leave to each established owner: nobody can lock a round up."""
+KEPT_SHARE: Final = 2
+"""But at most half (1/2) of a round is kept so."""
 LEASES_PER_OWNER_AT_LEAST: Final = 4
 """However small a round is, an owner with a few computers can use them all."""
 UPLOADING_PER_DEVICE: Final = 1

@@ -83,6 +83,7 @@ class _Record:
     judged: int = 0
     merged: int = 0
     agreed_audits: set[int] = field(default_factory=set)
+    replayed: bool = False
 
     @property
     def name(self) -> str:
@@ -214,8 +215,8 @@ class DrawCheck:
         if record.delivered and not (record.confirmed or record.refuted or record.judged):
             raise LogDiffers(f"{name} was drawn for an audit, which had no end when the secret was revealed.")
         self._check_merged(record)
-        refereed = {audit for audit, _ in self._replayed}
-        alone = record.agreed_audits - refereed and (not record.judged or record.merged)
+        # By whichever audit: a claim can have several, and one look at it answers for all.
+        alone = record.agreed_audits and not record.replayed and (not record.judged or record.merged)
         if alone and is_sampled(secret, claim, self._rules.referee_share):  # 6
             raise LogDiffers(f"{name} agreed with its replica and was drawn for a referee, who never came.")
 
@@ -275,6 +276,7 @@ class DrawCheck:
 
     def _opinion(self, entry: LogEntry, said: OpinionLogged, record: _Record) -> None:
         self._replayed.add((said.audit, said.auditor))
+        record.replayed = True
         if said.finding == "refuted":
             record.refuted = record.refuted or entry.position
             return

@@ -143,8 +143,9 @@ def _duplicates(gram: npt.NDArray[np.int64], hostile_share: int) -> list[bool]:
 
 
 def _loss_outliers(changes: Sequence[Sequence[float] | None], base_loss: float) -> list[bool]:
-    tried = [index for index, change in enumerate(changes) if change is not None]
-    flags = [False] * len(changes)
+    # What makes a loss that is no number stands out by that, and must not make the others' medians one.
+    flags = [change is not None and not all(map(math.isfinite, change)) for change in changes]
+    tried = [index for index, change in enumerate(changes) if change is not None and not flags[index]]
     if len(tried) < _FEWEST:
         return flags
     table_NT = np.array([changes[index] for index in tried], dtype=np.float64)

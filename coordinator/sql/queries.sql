@@ -102,6 +102,15 @@ SELECT count(*) AS number FROM attempts WHERE owner = :owner AND state = 'leased
 SELECT count(*) AS number FROM attempts
 WHERE owner = :owner AND state IN ('claimed', 'sketched') AND deadline_ms < :never_ms;
 
+-- name: held_by_newcomers
+-- What stands for nothing before an audit has confirmed it, and keeps its unit from others all the same.
+SELECT count(DISTINCT units.unit) AS number FROM units
+CROSS JOIN attempts ON attempts.unit = units.unit
+CROSS JOIN owners ON owners.owner = attempts.owner
+WHERE units.round = :round AND units.state <> 'settled' AND owners.state = 'probation'
+  AND ((attempts.state IN ('leased', 'claimed', 'sketched') AND attempts.deadline_ms < :never_ms)
+    OR (attempts.state = 'received' AND attempts.scrutiny = 'pending'));
+
 -- name: uploading_attempts
 SELECT * FROM attempts WHERE device = :device AND state IN ('claimed', 'sketched') ORDER BY deadline_ms, sequence;
 

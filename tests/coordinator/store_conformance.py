@@ -12,6 +12,7 @@ from coordinator.audits import (
     OPEN_AUDITS,
     AuditReason,
     AuditState,
+    Scrutiny,
 )
 from coordinator.owners import AuditPassed, Banned, OwnerState
 from coordinator.owners import advance as advance_owner
@@ -176,6 +177,17 @@ class StoreConformance(OpensStore):
         assert store.next_open_unit(1) is None
         assert [unit.index for unit in store.units(1)] == [0, 1, 2]
         assert store.next_open_unit(2) is None
+
+    def test_units_that_newcomers_hold_are_counted_until_they_are_confirmed_or_given_up(self, filled: Store) -> None:
+        assert filled.held_by_newcomers(1) == 0
+        first, second = lease(filled, "a", 0), lease(filled, "b", 1, "bob-1")
+        assert (filled.held_by_newcomers(1), filled.held_by_newcomers(2)) == (2, 0)
+        received = save(filled, first, examples.received(first, AuditReason.PROBATION))
+        assert filled.held_by_newcomers(1) == 2
+        save(filled, received, replace(received, scrutiny=Scrutiny.CONFIRMED))
+        assert filled.held_by_newcomers(1) == 1
+        save(filled, second, advance(second, Expired())[0])
+        assert filled.held_by_newcomers(1) == 0
 
     def test_a_released_unit_can_be_leased_again(self, filled: Store) -> None:
         attempt = lease(filled, "a", 0)

@@ -5,7 +5,6 @@ import pytest
 from coordinator.audits import AuditReason, AuditState, Scrutiny
 from coordinator.leasing import Leased, NoWork
 from coordinator.owners import OwnerState
-from coordinator.units import AttemptState
 from protocol.calls import Instruction
 from protocol.documents import digest_of
 from protocol.errors import DeltaNotFinite
@@ -28,6 +27,11 @@ def vouched(office: Office, eve: Volunteer, cat: Volunteer) -> tuple[Work, Work]
 def judge_all(office: Office) -> None:
     """Let every audit come to an auditor, and be judged."""
     office.wait(LEASE_MS)
+    refereed(office)
+
+
+def refereed(office: Office) -> None:
+    """Let an auditor judge what waits for one now."""
     while office.judge(office.auditor()) is not None:
         pass
 
@@ -254,7 +258,7 @@ def test_a_drawn_replica_that_a_referee_confirmed_and_a_merge_took_is_in_order(o
     draws(office)
 
 
-def test_overdue_bytes_that_a_replica_agrees_with_are_merged(opening: Opening) -> None:
+def test_overdue_bytes_go_to_an_auditor_since_everybody_can_compute_who_would_replicate_them(opening: Opening) -> None:
     office = opening(floor=0, planned=9, staleness_bound=2)
     overdue = office.train(office.volunteer("slow", record=50))
     ada, bob = office.volunteer("ada", record=50), office.volunteer("bob", record=50)
@@ -262,13 +266,50 @@ def test_overdue_bytes_that_a_replica_agrees_with_are_merged(opening: Opening) -
     office.wait(LEASE_MS)
     assert office.publish()
     office.receive(overdue)
-    assert office.audit(overdue).reason is AuditReason.OVERDUE
+    audit = office.audit(overdue)
+    assert (audit.reason, audit.state) == (AuditReason.OVERDUE, AuditState.WANTS_REFEREE)
     office.offer_replicas_widely()
-    replica = office.train(bob)
-    assert replica.lease.unit == overdue.lease.unit
-    office.compare()
-    assert office.attempt(overdue).state is AttemptState.RECEIVED
+    assert office.train(bob).lease.unit != overdue.lease.unit
+    assert office.judge(office.auditor()) == ("confirmed",)
     assert office.attempt(overdue).scrutiny is Scrutiny.CONFIRMED
     office.deliver(ada)
     assert office.publish()
     assert office.code(overdue) == "MERGED"
+
+
+def test_who_claims_late_and_stays_away_does_not_make_the_log_of_the_honest_fail(opening: Opening) -> None:
+    office = opening(
+        floor=DRAWN, referee_share=ONE, probation=1, units=8, planned=12, staleness_bound=2, upload_ms=5 * LEASE_MS,
+        retain_rounds=1,
+    )  # fmt: skip
+    ada, bob, mallory = (office.volunteer(name) for name in ("ada", "bob", "mallory"))
+    for by in (ada, bob, mallory):
+        office.deliver(by)
+        judge_all(office)
+    assert office.publish()
+    late = office.lease(mallory)
+    office.wait(LEASE_MS)
+    work = office.deliver(ada)
+    assert work.lease.unit == late.lease.unit
+    office.claim(late)
+    office.sketch(late)
+    assert office.compare() == 1
+    office.wait(LEASE_MS // 4)
+    refereed(office)
+    assert office.publish()
+    for _ in range(4):
+        office.deliver(bob)
+        office.wait(LEASE_MS // 4)
+        refereed(office)
+        office.publish()
+    office.deliver(bob)
+    office.wait(LEASE_MS // 4)
+    refereed(office)
+    office.wait(5 * LEASE_MS)  # what Mallory promised never came, and by now its unit's delta is not kept any more
+    office.publish()
+    refereed(office)
+    office.reveal()
+    assert "late" in {audit.reason.value for audit in office.audits(work)}
+    assert office.code(work) == "MERGED"
+    assert len(office.log("epoch-revealed")) >= 2
+    draws(office)

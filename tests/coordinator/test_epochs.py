@@ -120,6 +120,16 @@ def test_a_secret_does_not_wait_for_bytes_that_are_late(opening: Opening) -> Non
     assert list(revealed(office)) == [1]
 
 
+def test_after_the_last_round_no_secret_waits_for_bytes(opening: Opening) -> None:
+    office = opening(floor=0, planned=1)
+    ada, never = office.volunteer("ada", record=ESTABLISHED), office.volunteer("never", record=ESTABLISHED)
+    office.train(never)
+    office.deliver(ada)
+    office.wait(LEASE_MS // 2)
+    assert office.publish()
+    assert list(revealed(office)) == [1]
+
+
 def test_secrets_are_revealed_once_and_in_their_order(opening: Opening) -> None:
     office = opening(floor=0, planned=9, staleness_bound=5)
     ada = office.volunteer("ada", record=ESTABLISHED)

@@ -257,12 +257,12 @@ def test_negative_subnormal_and_too_small_scales_are_illegal(scale: int) -> None
 @each_level
 @pytest.mark.parametrize("reach", [UNIT, MAX_REACH])
 def test_every_scale_that_the_encoder_can_write_is_legal_and_decodes_to_normal_numbers(levels: int, reach: int) -> None:
-    for value in (2.0**100, 2.0**-100):
+    for value in (2.0**60, 2.0**-100):
         coded = encode_vector(np.full(16, value, dtype=np.float32), codec=codec_of(levels, reach=reach))
         check_scales(coded.scales["x"], "x")
         assert coded.scales["x"][0] > 0
         most = float(bf16_to_f32(coded.scales["x"])[0]) * levels
-        assert 2.0**-126 < most / levels <= most < 2.0**120
+        assert 2.0**-126 < most / levels <= most < 2.0**80
 
 
 def test_the_scales_just_beyond_the_legal_ones_are_refused() -> None:

@@ -82,7 +82,7 @@ def test_any_aligned_part_of_a_tensor_is_read_without_the_rest(
 def test_unpacked_every_delta_of_a_run_has_the_size_that_the_schema_implies_and_packed_at_most_the_bound(
     tmp_path: Path, codec: CodecConfig
 ) -> None:
-    for number, scale in enumerate((0.0, 1e-3, 1e20)):
+    for number, scale in enumerate((0.0, 1e-3, 1e16)):
         path = tmp_path / str(number)
         write_container(path, encode(delta(1, LONG, scale), LONG, codec, bytes(32)), UNIT_ID)
         raw = path.read_bytes()

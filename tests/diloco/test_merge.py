@@ -293,7 +293,7 @@ def test_a_base_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_merge_that_would_overflow_is_not_published(tmp_path: Path) -> None:
     schema = Schema(tensors=(TensorSpec(name="x", shape=(256,)),))
     write_checkpoint(tmp_path / "base", {"x": np.full(256, -3.4028e38, dtype=np.float32)})
-    # No legal delta is beyond 2^100: only an absurd checkpoint can overflow, here by what earlier rounds left waiting.
+    # No legal delta is beyond 2^67: only an absurd checkpoint can overflow, here by what earlier rounds left waiting.
     write_checkpoint(tmp_path / "momentum", {"x": np.zeros(256, dtype=np.float32)})
     write_checkpoint(tmp_path / "residual", {"x": np.full(256, 2.0**100, dtype=np.float32)})
     base = OuterState(

@@ -186,6 +186,21 @@ def test_a_single_loud_block_is_seen_by_its_scale_wherever_it_lies(large: Contai
         assert norm2 > 100 * delta_norm2(large)
 
 
+def test_a_loud_block_can_not_hide_among_loud_ones_that_are_silent(large: Container, tmp_path: Path) -> None:
+    changed = large_delta(CODEC)
+    numbers = CODEC.packing.unpack(changed.codes["a.large"], 2048 * 2048).reshape(-1, 256)
+    blocks_of_a_run = RUN * ROW // 256
+    numbers[::blocks_of_a_run] = 0  # one silent block in each run,
+    changed.scales["a.large"][::blocks_of_a_run] = 0x4200  # as loud as the one that is not
+    changed.scales["a.large"][12_345] = 0x4200
+    codes = dict(changed.codes) | {"a.large": CODEC.packing.pack(numbers.reshape(-1))}
+    loud = written(tmp_path / "loud", EncodedDelta(schema=LARGE, codec=CODEC, codes=codes, scales=changed.scales))
+    for number in range(5):
+        norm2 = weigh_delta(loud, bytes([number]) * 32).norm2
+        assert norm2 > delta_norm2(loud)
+        assert norm2 > 100 * delta_norm2(large)
+
+
 def test_a_delta_that_is_silent_wherever_it_is_drawn_is_measured_as_a_whole(tmp_path: Path) -> None:
     silent = {spec.name: np.zeros(spec.shape, dtype=np.float32) for spec in LARGE.tensors}
     silent["a.large"][1000, :] = 1e-3

@@ -126,7 +126,7 @@ class SendsTwoClaimsInTheEnd(Shaper):
 
 
 def test_merged_poison_of_a_banned_owner_is_audited_back_and_leaves_the_weights() -> None:
-    rules = replace(default_verification(), floor=0, weighting="mean", screen_triples=0, unmerge_from=0.2)
+    rules = replace(default_verification(), floor=0, weighting="mean", screen_triples=0, unmerge_from=0.0)
     small = small_run(seed=bytes(32), units=3, rounds=8, shards=3, steps=2, batch=4, verification=rules)
     window = replace(small.config.rounds, min_window_ms=2 * MINUTE_MS)
     small = replace(small, config=replace(small.config, rounds=window))

@@ -141,6 +141,14 @@ def test_one_odd_triple_is_not_enough() -> None:
     assert screened(honest(), losses=losses) == {}
 
 
+@pytest.mark.parametrize("nothing", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stands_out_and_does_not_hide_a_bad_one(nothing: float) -> None:
+    losses = changes()
+    losses[2][5] = nothing
+    losses[3] = losses[3] + np.float32(0.3)
+    assert screened(honest(), losses=losses) == {CLAIMS[2]: "loss", CLAIMS[3]: "loss"}
+
+
 def test_a_small_cohort_is_not_judged_by_itself() -> None:
     sketches = honest(3)
     sketches[0] = -sketches[1]
