@@ -273,6 +273,8 @@ def _reference(raw: bytes, samples: int) -> ShardRef:
 def _training(steps: int, batch: int, precision: Literal["fp32", "bf16"], eps: float) -> Training:
     return Training(
         steps=steps,
+        short_steps=1,
+        short_share=0,
         batch=batch,
         lr=0.004,
         lr_final_share=0.3,

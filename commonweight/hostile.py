@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from protocol.assignment import unit_samples, unit_steps
 from protocol.documents import Lease, RunConfig, UnitId
 from protocol.errors import CommonweightError, TrainingDiverged
 from protocol.join import JoinString
@@ -92,15 +93,15 @@ class HostileTrainer:
     ) -> TrainedUnit:
         from diloco.shards import Shard, ShardSet
         from verify.attacks import ATTACKS, world_of
-        from verify.replay import check_numerics, unit_samples
+        from verify.replay import check_numerics
 
         check_numerics(config)
         started = time.monotonic()
-        own = ShardSet([Shard.open(path) for path in shards])
+        own, unit = ShardSet([Shard.open(path) for path in shards]), UnitId(lease.unit)
         world = world_of(
             config,
             lease.round,
-            UnitId(lease.unit),
+            unit,
             base=_tensors(base),
             older_base=self._older(lease.round - 1),
             shards=own,
@@ -112,12 +113,12 @@ class HostileTrainer:
             encoded = ATTACKS[self._attack].forge(world)
         except ValueError as error:  # an attack that needs an older checkpoint, in the first round
             raise TrainingDiverged(f"The attack {self._attack} can't be made of this unit: {error}.") from None
-        self._pass_time(config.training.steps, self._honest_seconds - (time.monotonic() - started), on_step)
+        self._pass_time(unit_steps(config, unit), self._honest_seconds - (time.monotonic() - started), on_step)
         return TrainedUnit(
             encoded=encoded,
             trail_root=hashlib.sha256(os.urandom(32)).digest(),
             loss=self._loss,
-            samples=unit_samples(config),
+            samples=unit_samples(config, unit),
             seconds=time.monotonic() - started,
         )
 

@@ -7,7 +7,7 @@ from coordinator.auditing import attempt_of
 from coordinator.audits import Audit, AuditReason, AuditState, Overturned, Scrutiny, advance
 from coordinator.desk import Desk
 from coordinator.owners import AuditPassed, Cleared, OwnerState
-from coordinator.records import owner_of, tell
+from coordinator.records import as_long_ms, owner_of, tell
 from coordinator.units import AttemptState, Unit
 
 
@@ -34,7 +34,7 @@ def accept_subject(desk: Desk, audit: Audit, *, by_referee: bool) -> None:
         return
     counted = subject.scrutiny is Scrutiny.CONFIRMED  # by another audit of the same claim
     if audit.reason is not AuditReason.RECHECK and owner.state is not OwnerState.BANNED and not counted:
-        tell(desk, owner.owner, AuditPassed(trained_ms=subject.trained_ms or 0))
+        tell(desk, owner.owner, AuditPassed(trained_ms=as_long_ms(desk, subject.unit, subject.trained_ms or 0)))
     if subject.state is AttemptState.RECEIVED:
         desk.store.save_attempt(subject, replace(subject, scrutiny=Scrutiny.CONFIRMED))
 

@@ -9,7 +9,7 @@ from coordinator.bans import distrust
 from coordinator.desk import Desk
 from coordinator.leasing import check_admitted
 from coordinator.owners import OwnerState
-from coordinator.records import owner_of
+from coordinator.records import as_long_ms, owner_of
 from coordinator.rounds import Round, RoundState
 from coordinator.sessions import Session
 from coordinator.units import (
@@ -23,6 +23,7 @@ from coordinator.units import (
     UnitState,
     advance,
 )
+from protocol.assignment import most_samples, unit_samples
 from protocol.calls import Instruction
 from protocol.canonical import sha256_hex
 from protocol.documents import (
@@ -53,7 +54,7 @@ from protocol.errors import (
     WrongRun,
 )
 from protocol.limits import MAX_PEER_DOCUMENT_BYTES, SKETCH_BYTES, SKETCH_FLOATS
-from verify.policy import audit_share, is_drawn, too_fast
+from verify.policy import audit_share, by_size, is_drawn, too_fast
 
 _NEXT = {
     AttemptState.CLAIMED: Instruction.SKETCH,
@@ -115,9 +116,9 @@ def _check_artifacts(desk: Desk, claim: Claim) -> None:
     size = claim.artifacts[0].size
     if not 0 < size <= desk.delta_bytes:
         raise ClaimMismatch(f"A delta of this run has at most {desk.delta_bytes} bytes; the claim says {size}.")
-    samples = desk.config.training.steps * desk.config.training.batch
+    samples = unit_samples(desk.config, UnitId(claim.unit))
     if claim.samples != samples:
-        raise ClaimMismatch(f"A unit of this run has {samples} samples; the claim says {claim.samples}.")
+        raise ClaimMismatch(f"This unit has {samples} samples; the claim says {claim.samples}.")
 
 
 def _doubt_conflict(desk: Desk, attempt: Attempt) -> None:
@@ -158,7 +159,11 @@ def _scrutiny(desk: Desk, attempt: Attempt, epoch: int, claim: Digest) -> tuple[
     rules = desk.config.verification
     owner = owner_of(desk, attempt.owner)
     established = owner.state is OwnerState.ESTABLISHED
-    share = audit_share(rules, established=established, valid_in_row=owner.valid_in_row)
+    share = by_size(
+        audit_share(rules, established=established, valid_in_row=owner.valid_in_row),
+        samples=unit_samples(desk.config, attempt.unit),
+        most=most_samples(desk.config),
+    )
     trained_ms = max(0, desk.clock.now_ms() - attempt.leased_ms)
     if rules.mode == "none":
         return share, None, trained_ms
@@ -166,14 +171,24 @@ def _scrutiny(desk: Desk, attempt: Attempt, epoch: int, claim: Digest) -> tuple[
         return share, AuditReason.PROBATION, trained_ms
     if is_drawn(desk.epoch_secret(epoch), claim, share):
         return share, AuditReason.DRAWN, trained_ms
-    return share, AuditReason.TOO_FAST if too_fast(trained_ms, owner.audited_ms) else None, trained_ms
+    return (
+        share,
+        AuditReason.TOO_FAST if too_fast(as_long_ms(desk, attempt.unit, trained_ms), owner.audited_ms) else None,
+        trained_ms,
+    )
 
 
 def _accept_claim(desk: Desk, attempt: Attempt, claim: Claim, raw: bytes, digest: Digest) -> bytes:
     epoch = _current(desk).round
     share, reason, trained_ms = _scrutiny(desk, attempt, epoch, digest)
     # The claim's own salt keeps its digest from being guessed.
-    body = {"audit_share": share, "claim": digest, "epoch": epoch, "member": desk.member(attempt.owner)}
+    body = {
+        "audit_share": share,
+        "claim": digest,
+        "epoch": epoch,
+        "member": desk.member(attempt.owner),
+        "samples": claim.samples,
+    }
     entry = desk.log("claim", body)
     receipt = sign(
         ClaimReceipt(

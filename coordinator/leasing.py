@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from coordinator.audits import Audit, AuditReason, AuditState, replica_wait_ms
 from coordinator.desk import Desk
 from coordinator.owners import Device, Owner, OwnerState
-from coordinator.rounds import Round, RoundState, gives_units
+from coordinator.records import as_long_ms
+from coordinator.rounds import Round, RoundState, gives_units, suits_short
 from coordinator.sessions import Session
 from coordinator.units import (
     NEVER_MS,
@@ -23,7 +24,7 @@ from coordinator.units import (
     is_at_work,
     needs_release,
 )
-from protocol.assignment import unit_id, unit_seed, unit_shards
+from protocol.assignment import short_below, unit_id, unit_seed, unit_shards
 from protocol.canonical import sha256_hex
 from protocol.documents import ArtifactLimit, Digest, Lease, LeaseId, UnitId, digest_of, sign
 from protocol.errors import LeaseEnded, LeaseUnknown, OwnerBanned, RunFinished
@@ -148,7 +149,7 @@ def lease_unit(
     if replica is not None:
         return _answer(replica, now)
     gives_out = gives_units(current, desk.config.rounds)
-    unit = store.next_open_unit(current.round) if gives_out else None
+    unit = _next_unit(desk, session.device, current.round) if gives_out else None
     if unit is None:
         doing = "all its units are given out" if gives_out else "it is being merged"
         return NoWork(reason=f"round {current.round}: {doing}", retry_after_ms=SECOND_MS)
@@ -172,6 +173,16 @@ def _has_room(desk: Desk, owner: KeyId, round_number: int) -> bool:
     units = desk.config.rounds.units
     kept = min(units // KEPT_SHARE, KEPT_PER_ESTABLISHED * established)
     return not kept or desk.store.held_by_newcomers(round_number) < units - kept
+
+
+def _next_unit(desk: Desk, device: KeyId, round_number: int) -> Unit | None:
+    if not desk.config.training.short_share:
+        return desk.store.next_open_unit(round_number)
+    last = desk.store.latest_claimed(device)
+    long_ms = None if last is None else as_long_ms(desk, last.unit, last.trained_ms or 0)
+    return desk.store.next_open_unit(
+        round_number, short_below=short_below(desk.config), short=suits_short(desk.config.rounds, long_ms)
+    )
 
 
 def _replica(desk: Desk, session: Session, random_bytes: Callable[[int], bytes]) -> Attempt | None:

@@ -54,7 +54,10 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditPassed:
-    """A claim of the owner's, made `trained_ms` after its lease, agreed with a referee or an established owner."""
+    """A claim of the owner's agreed with a referee or an established owner.
+
+    `trained_ms`: from its lease to the claim, or as long as that would have been with a long unit.
+    """
 
     trained_ms: int
 

@@ -13,6 +13,8 @@ from coordinator.owners import (
     Promoted,
     advance,
 )
+from protocol.assignment import unit_steps
+from protocol.documents import UnitId
 from protocol.keys import KeyId
 
 _NAMES: dict[type[OwnerEvent], str] = {
@@ -29,6 +31,11 @@ def owner_of(desk: Desk, owner: KeyId) -> Owner:
     found = desk.store.owner(owner)
     assert found is not None  # stored with the first lease
     return found
+
+
+def as_long_ms(desk: Desk, unit: UnitId, trained_ms: int) -> int:
+    """Return how long a unit would have taken if it were a long one."""
+    return trained_ms * desk.config.training.steps // unit_steps(desk.config, unit)
 
 
 def tell(desk: Desk, owner: KeyId, event: OwnerEvent) -> tuple[Instruction, ...]:

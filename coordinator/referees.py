@@ -26,7 +26,7 @@ from coordinator.audits import (
 from coordinator.bans import distrust, reject
 from coordinator.desk import Desk
 from coordinator.owners import AuditPassed, OwnerState
-from coordinator.records import owner_of, tell
+from coordinator.records import as_long_ms, owner_of, tell
 from coordinator.sessions import Session
 from coordinator.units import Attempt, AttemptState, UnitState
 from protocol.canonical import sha256_hex
@@ -206,7 +206,7 @@ def _settle_replica(desk: Desk, other: Attempt, opinion: Opinion, auditor: KeyId
         reject(desk, other, opinion)
         return
     if owner_of(desk, other.owner).state is not OwnerState.BANNED:
-        tell(desk, other.owner, AuditPassed(trained_ms=other.trained_ms or 0))
+        tell(desk, other.owner, AuditPassed(trained_ms=as_long_ms(desk, other.unit, other.trained_ms or 0)))
     unit = desk.store.unit(other.unit)
     assert unit is not None
     too_old = other.late > desk.config.rounds.staleness_bound

@@ -148,6 +148,18 @@ def is_due(thing: Round, rules: Rounds, facts: RoundFacts) -> bool:
     return facts.now_ms - thing.opened_ms >= rules.min_window_ms and facts.ready >= rules.min_units
 
 
+def suits_short(rules: Rounds, long_ms: int | None) -> bool:
+    """Say whether a machine had better get a short unit, if there is one.
+
+    It had if a long one takes it more than half of a round's window, since most of its work would come late then; and
+    if nobody knows how long one takes it, since a newcomer's work is audited, whatever its size.
+
+    Args:
+        long_ms: how long a long unit took it, or would have taken it; None if it has claimed none yet.
+    """
+    return long_ms is None or 2 * long_ms > rules.min_window_ms
+
+
 def gives_units(thing: Round, rules: Rounds) -> bool:
     """Say whether open units of a round, the newest one, may be leased.
 

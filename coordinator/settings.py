@@ -73,6 +73,11 @@ class Settings(BaseModel):
                     f"training.{name} is {getattr(training, name)}, but training.steps is {training.steps}: "
                     "lower the first or raise the second."
                 )
+        if training.short_share and training.short_steps > training.steps:
+            raise ValueError(
+                f"training.short_steps is {training.short_steps}, but training.steps is {training.steps}: "
+                "lower the first, or set training.short_share to 0."
+            )
         if training.precision == "bf16":
             self._fit_bf16()
         if rounds.min_units > rounds.units:

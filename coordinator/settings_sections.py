@@ -82,6 +82,16 @@ class TrainingSettings(_Section):
     """The inner loop of a work unit: AdamW from zero state."""
 
     steps: int = Field(default=30, ge=1, le=100_000, description="Steps of one unit.")
+    short_steps: int = Field(
+        default=15, ge=1, le=100_000, description="Steps of a short unit, for slow machines, if there are any."
+    )
+    short_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the units that are short. They go first to machines that are new, or that a long one "
+        "takes more than half of rounds.min_window_seconds; who finds none gets a long one, and the other way round.",
+    )
     batch: int = Field(default=32, ge=1, le=65_536, description="Samples of one step.")
     lr: float = Field(default=0.004, gt=0, le=10, description="Learning rate in the first round.")
     lr_final_share: float = Field(

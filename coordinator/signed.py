@@ -70,8 +70,9 @@ def run_config(
             heldout=heldout,
         ),
         training=Training(
-            **training.model_dump(exclude={"text_dropout"}),
+            **training.model_dump(exclude={"text_dropout", "short_share"}),
             text_dropout=round(training.text_dropout * DROPOUT_ONE),
+            short_share=round(training.short_share * SHARE_ONE),
         ),
         codec=Codec(
             kind="dither",
@@ -137,6 +138,7 @@ def _as_written(config: RunConfig) -> dict[str, Any]:
     training, rounds, verification = asdict(config.training), asdict(config.rounds), asdict(config.verification)
     for name in _SHARES:
         verification[name] = _share(verification[name], SHARE_ONE)
+    training["short_share"] = _share(config.training.short_share, SHARE_ONE)
     training["text_dropout"] = _share(config.training.text_dropout, DROPOUT_ONE)
     rounds["staleness_discount"] = _share(config.rounds.staleness_discount, SHARE_ONE)
     for name in ("min_window", "lease", "upload"):

@@ -148,9 +148,9 @@ class SqliteStore:
         """See `Store.unit`."""
         return self._one(unit_of, "unit", unit=unit)
 
-    def next_open_unit(self, round_number: int) -> Unit | None:
+    def next_open_unit(self, round_number: int, *, short_below: str = "", short: bool = False) -> Unit | None:
         """See `Store.next_open_unit`."""
-        return self._one(unit_of, "next_open_unit", round=round_number)
+        return self._one(unit_of, "next_open_unit", round=round_number, short_below=short_below, short=int(short))
 
     def save_unit(self, before: Unit, after: Unit) -> None:
         """See `Store.save_unit`."""
@@ -204,6 +204,10 @@ class SqliteStore:
     def attempt_of_claim(self, claim_sha256: Digest) -> Attempt | None:
         """See `Store.attempt_of_claim`."""
         return self._one(attempt_of, "attempt_of_claim", claim_sha256=claim_sha256)
+
+    def latest_claimed(self, device: KeyId) -> Attempt | None:
+        """See `Store.latest_claimed`."""
+        return self._one(attempt_of, "latest_claimed", device=device)
 
     def save_attempt(self, before: Attempt, after: Attempt) -> None:
         """See `Store.save_attempt`."""

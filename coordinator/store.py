@@ -92,8 +92,12 @@ class Store(Protocol):
         """Return a unit."""
         ...
 
-    def next_open_unit(self, round_number: int) -> Unit | None:
-        """Return the round's OPEN unit with the lowest index."""
+    def next_open_unit(self, round_number: int, *, short_below: str = "", short: bool = False) -> Unit | None:
+        """Return the round's OPEN unit with the lowest index; of short units, if wanted, or of long ones, if any is.
+
+        Args:
+            short_below: the ids of short units come before this text (`protocol.assignment.short_below`).
+        """
         ...
 
     def save_unit(self, before: Unit, after: Unit) -> None:
@@ -136,6 +140,10 @@ class Store(Protocol):
 
     def attempt_of_claim(self, claim_sha256: Digest) -> Attempt | None:
         """Return the attempt that made a claim; a claim's digest MUST belong to one attempt only."""
+        ...
+
+    def latest_claimed(self, device: KeyId) -> Attempt | None:
+        """Return a device's newest attempt that it has claimed a result of."""
         ...
 
     def save_attempt(self, before: Attempt, after: Attempt) -> None:

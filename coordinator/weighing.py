@@ -48,6 +48,7 @@ def weigh(config: RunConfig, job: Job) -> Job:
         [Digest(entry.claim) for entry in cohort.entries],
         members=[entry.member for entry in cohort.entries],
         norms2=cohort.norms2,
+        samples=[entry.samples for entry in cohort.entries],
         gram=gram(_clipped(config, cohort)),
         audited=audited,
         changes=None if screen is None else screen.changes,

@@ -28,6 +28,35 @@ def unit_shards(config: RunConfig, round_number: int, index: int) -> tuple[Diges
     return tuple(Digest(shards[(first + k) % len(shards)].sha256) for k in range(per_unit))
 
 
+def is_short(config: RunConfig, unit: UnitId) -> bool:
+    """Return whether a unit is one of the short ones: whether the first 24 bits of its id are below `short_share`.
+
+    So that slow machines have something to do that they finish in time. Nobody chooses which units they are.
+    """
+    return unit < short_below(config)
+
+
+def short_below(config: RunConfig) -> str:
+    """Return the text that the ids of short units, and of no others, come before in alphabetical order."""
+    share = config.training.short_share
+    return f"{share:06x}" if share < 1 << 24 else "g"
+
+
+def unit_steps(config: RunConfig, unit: UnitId) -> int:
+    """Return the inner steps of a unit."""
+    return config.training.short_steps if is_short(config, unit) else config.training.steps
+
+
+def unit_samples(config: RunConfig, unit: UnitId) -> int:
+    """Return how many samples a unit trains on, which is what it weighs in a merge."""
+    return unit_steps(config, unit) * config.training.batch
+
+
+def most_samples(config: RunConfig) -> int:
+    """Return how many samples the largest units train on."""
+    return config.training.steps * config.training.batch
+
+
 def lr_scale(config: RunConfig, round_number: int) -> float:
     """Return the learning rate's share in a round: linear from 1 in round 1 to `lr_final_share` in the last one."""
     planned = config.rounds.planned

@@ -192,9 +192,14 @@ class DataSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """The inner loop of a work unit; every number that a replay needs. `text_dropout` counts in 2^-16."""
+    """The inner loop of a work unit; every number that a replay needs. `text_dropout` counts in 2^-16.
+
+    A unit is short, with `short_steps` instead of `steps`, if its id's first 24 bits are below `short_share`.
+    """
 
     steps: Annotated[int, Field(ge=1, le=100_000)]
+    short_steps: Annotated[int, Field(ge=1, le=100_000)]
+    short_share: Annotated[int, Field(ge=0, le=2**24)]
     batch: Annotated[int, Field(ge=1, le=65_536)]
     lr: Finite
     lr_final_share: Finite
@@ -300,7 +305,7 @@ class RunConfig:
     """
 
     TYPE: ClassVar[str] = _media_type("run-config")
-    FORMAT: ClassVar[int] = 3
+    FORMAT: ClassVar[int] = 4
     name: ShortText
     numerics: Count
     verification: Verification

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from protocol.canonical import sha256_hex
-from protocol.documents import ClaimReceipt, Digest, Verification
+from protocol.documents import ClaimReceipt, Digest, Training, Verification
 from protocol.errors import LogDiffers
 from protocol.log import LogEntry
 from protocol.verdicts import VerdictCode
@@ -31,7 +31,7 @@ from verify.log_entries import (
     VerdictLogged,
     parse_entry,
 )
-from verify.policy import audit_share, is_drawn, is_sampled
+from verify.policy import audit_share, by_size, is_drawn, is_sampled
 
 _BY_THE_DRAW: Final = frozenset({"drawn", "probation"})
 """Reasons of audits that only the draw may give; the other reasons come on top of it."""
@@ -104,13 +104,16 @@ class DrawCheck:
 
     0 Every entry has the form of its kind. 1 An epoch is opened once, and its revealed secret is the one promised then.
     2 A claim belongs to the newest epoch, which is not revealed: no choice between two draws. 3 Its probability is what
-    the policy gives to its owner's record, and that record follows from audits in the log. 4 Every drawn claim whose
-    bytes came was audited, and judged before the secret was revealed; none was merged before an audit had confirmed it.
-    5 No claim was audited in the draw's name without being drawn. 6 Agreements that were drawn for it had a referee.
+    the policy gives to its owner's record and its unit's size, and that record follows from audits in the log. 4 Every
+    drawn claim whose bytes came was audited, and judged before the secret was revealed; none was merged before an audit
+    had confirmed it. 5 No claim was audited in the draw's name without being drawn. 6 Agreements that were drawn for it
+    had a referee.
     """
 
-    def __init__(self, verification: Verification) -> None:
+    def __init__(self, verification: Verification, training: Training) -> None:
         self._rules = verification
+        self._most = training.steps * training.batch
+        self._sizes = {self._most} | ({training.short_steps * training.batch} if training.short_share else set())
         self._promised: dict[int, str] = {}
         self._secrets: dict[int, bytes] = {}
         self._claims: dict[Digest, _Record] = {}
@@ -232,8 +235,14 @@ class DrawCheck:
             raise LogDiffers(f"{record.name} is logged twice.")
         if said.epoch != max(self._promised, default=-1):  # 2
             raise LogDiffers(f"{record.name} does not belong to the newest epoch.")
+        if said.samples not in self._sizes:
+            raise LogDiffers(f"{record.name} is for {said.samples} samples, as many as no unit of the run has.")
         member = self._member(said.member)
-        share = audit_share(self._rules, established=member.established, valid_in_row=member.valid_in_row)
+        share = by_size(
+            audit_share(self._rules, established=member.established, valid_in_row=member.valid_in_row),
+            samples=said.samples,
+            most=self._most,
+        )
         if said.audit_share != share:  # 3
             raise LogDiffers(
                 f"{record.name} was given a probability of {said.audit_share} / 2^24; its owner's record gives {share}."
@@ -321,19 +330,22 @@ class DrawCheck:
 
 
 def check_draws(
-    entries: Iterable[LogEntry], verification: Verification, receipts: Iterable[ClaimReceipt] = ()
+    entries: Iterable[LogEntry],
+    verification: Verification,
+    training: Training,
+    receipts: Iterable[ClaimReceipt] = (),
 ) -> DrawReport:
     """Read a whole log, and a volunteer's own receipts if given; return what it amounts to.
 
     Args:
         entries: from the first one on, already checked against the chain of heads.
-        verification: the run's rules.
+        verification, training: the run's rules, and its units' sizes.
         receipts: the volunteer's own, verified.
 
     Raises:
         LogDiffers: the log breaks the run's rules, or a receipt promised something else; the sentence names the claim.
     """
-    check = DrawCheck(verification)
+    check = DrawCheck(verification, training)
     for entry in entries:
         check.read(entry)
     reached = [check.check_receipt(receipt) for receipt in receipts]

@@ -8,15 +8,14 @@ from functools import cache
 from pathlib import Path
 
 from protocol import layout
-from protocol.assignment import unit_id
-from protocol.documents import Digest, Manifest, MergeEntry, RunConfig, UnmergeEntry, envelope_digest
+from protocol.assignment import unit_id, unit_samples
+from protocol.documents import Digest, Manifest, MergeEntry, RunConfig, UnitId, UnmergeEntry, envelope_digest
 from protocol.errors import CheckpointCorrupt, PayloadInvalid, RebuildDiffers
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
 from protocol.log import read_log
 from protocol.trust import RunTrust
 from verify.checkpoint import read_limited
 from verify.policy import ONE
-from verify.replay import unit_samples
 
 
 def read_history(public: Path, trust: RunTrust) -> Sequence[Manifest]:
@@ -134,10 +133,10 @@ def _is_same(out: UnmergeEntry, entry: MergeEntry) -> bool:
 def _check_entry(entry: MergeEntry, number: int, units_of: Callable[[int], frozenset[str]], config: RunConfig) -> None:
     if entry.round > number or entry.unit not in units_of(entry.round):
         raise RebuildDiffers(f"Checkpoint {number} merged {entry.unit[:12]}, which is no unit of round {entry.round}.")
-    if entry.samples != unit_samples(config):
+    samples = unit_samples(config, UnitId(entry.unit))
+    if entry.samples != samples:
         raise RebuildDiffers(
-            f"Checkpoint {number} counts {entry.samples} samples for unit {entry.unit[:12]}; every unit of the run has "
-            f"{unit_samples(config)}."
+            f"Checkpoint {number} counts {entry.samples} samples for unit {entry.unit[:12]}, which has {samples}."
         )
     if entry.late > number - entry.round:
         raise RebuildDiffers(

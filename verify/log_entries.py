@@ -34,12 +34,16 @@ class EpochRevealed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claimed:
-    """A claim came, and is audited with this probability (in 2^-24). `member` is its owner's pseudonym."""
+    """A claim came, and is audited with this probability (in 2^-24). `member` is its owner's pseudonym.
+
+    `samples`: that its unit trains on, to which the probability is proportional.
+    """
 
     claim: Hex32
     member: Hex32
     epoch: Count
     audit_share: Share
+    samples: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

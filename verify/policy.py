@@ -41,6 +41,15 @@ def audit_share(v: Verification, *, established: bool, valid_in_row: int) -> int
     return min(ONE, max(v.floor, -(-ONE // valid_in_row)))
 
 
+def by_size(share: int, *, samples: int, most: int) -> int:
+    """Return the probability of an audit of a unit of so many samples, where the largest have `most`.
+
+    In proportion, since a delta counts by its samples: else long units would be the cheap ones to poison. What is
+    certain stays certain, and what is never audited stays so.
+    """
+    return share if share in (0, ONE) else max(1, share * samples // most)
+
+
 def influence(v: Verification, *, valid_in_row: int, audited: bool) -> int:
     """Return how much a delta may count by its owner's record, in 2^-24; one if an audit confirmed the delta itself."""
     if audited or v.mode == "none":

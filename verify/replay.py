@@ -20,7 +20,7 @@ from diloco.unit import TrainingSpec, UnitResult, UnitSpec, run_unit
 from mmdit.conditioning import ConditioningConfig
 from mmdit.config import MMDiTConfig
 from mmdit.space import PixelSpace
-from protocol.assignment import lr_scale, unit_seed
+from protocol.assignment import lr_scale, unit_seed, unit_steps
 from protocol.documents import Lease, RunConfig, UnitId
 from protocol.errors import NumericsMismatch, PayloadInvalid
 
@@ -88,17 +88,24 @@ def outer_config(config: RunConfig) -> OuterConfig:
     return _built("outer", OuterConfig, {"lr": config.outer.lr, "momentum": config.outer.momentum})
 
 
-def training_spec(config: RunConfig) -> TrainingSpec:
-    """Return the inner loop of the run's units; raise `PayloadInvalid` if its numbers do not fit each other."""
+def training_spec(config: RunConfig, steps: int | None = None) -> TrainingSpec:
+    """Return the inner loop of the run's long units, or of those with so many steps.
+
+    A shorter unit warms up for a shorter time: for the same share of its steps, rounded down.
+
+    Raises:
+        PayloadInvalid: its numbers do not fit each other.
+    """
     training = config.training
+    steps = training.steps if steps is None else steps
     return _built(
         "training",
         TrainingSpec,
         {
-            "steps": training.steps,
+            "steps": steps,
             "batch": training.batch,
             "lr": training.lr,
-            "warmup_steps": training.warmup_steps,
+            "warmup_steps": training.warmup_steps * steps // training.steps,
             "beta1": training.beta1,
             "beta2": training.beta2,
             "eps": training.eps,
@@ -112,15 +119,12 @@ def training_spec(config: RunConfig) -> TrainingSpec:
     )
 
 
-def unit_samples(config: RunConfig) -> int:
-    """Return how many samples every unit of the run trains on, which is what it weighs in a merge."""
-    return config.training.steps * config.training.batch
-
-
 def unit_spec_of(config: RunConfig, round_number: int, unit: UnitId) -> UnitSpec:
     """Return what a unit computes, from its id alone (as it stands in a manifest)."""
     return UnitSpec(
-        seed=bytes.fromhex(unit_seed(unit)), training=training_spec(config), lr_scale=lr_scale(config, round_number)
+        seed=bytes.fromhex(unit_seed(unit)),
+        training=training_spec(config, unit_steps(config, unit)),
+        lr_scale=lr_scale(config, round_number),
     )
 
 

@@ -47,6 +47,8 @@ _SMALL_COHORT: Final = 8.0
 _LEAST_SPREAD: Final = 0.03
 """Of a cosine: the error of a sketch, below which no spread is believed."""
 _PAIRED_ERRORS: Final = 4.0
+_GROWTH: Final = 0.6
+"""How a delta grows with the samples of its unit: half of the steps make its norm 0.59 to 0.74 of what it would be."""
 _SIGMA: Final = 1.4826
 """Median absolute deviation to standard deviation, for normal numbers."""
 
@@ -68,6 +70,7 @@ def outliers(
     *,
     members: Sequence[str],
     norms2: Sequence[float],
+    samples: Sequence[int],
     gram: npt.NDArray[np.int64],
     audited: Collection[str],
     changes: Mapping[Digest, Sequence[float]] | None,
@@ -82,15 +85,18 @@ def outliers(
     Args:
         members: the owner of each delta, by its pseudonym.
         norms2: squared norm of each delta (`diloco.weigh.weigh_delta`).
+        samples: that each was trained on. Norms and losses are compared as if all had the same.
         gram: inner products of their sketches (`diloco.weigh.gram`), clipped to `norm_bound` as for the weights.
         changes: `loss_changes` of each delta that was tried on held-out triples; None where the run tries none.
         base_loss: mean held-out loss of the base on the same triples; anything where none are tried.
     """
-    if not len(claims) == len(members) == len(norms2) == len(gram):
+    if not len(claims) == len(members) == len(norms2) == len(samples) == len(gram):
         raise ValueError(f"{len(claims)} claims, {len(norms2)} norms and {len(gram)} sketches do not belong together")
     if len(set(members)) < _FEWEST_OWNERS:
         return {claim: "few" for claim in claims if claim not in audited}
-    tried = [None if changes is None else changes.get(claim) for claim in claims]
+    growth = [(max(samples) / count) ** _GROWTH for count in samples]
+    norms2 = [norm2 * factor**2 for norm2, factor in zip(norms2, growth, strict=True)]
+    tried = [_grown(changes, claim, factor) for claim, factor in zip(claims, growth, strict=True)]
     looks: tuple[tuple[Reason, Callable[[Sequence[int]], Sequence[bool]]], ...] = (
         ("norm", lambda rows: _norm_outliers([norms2[i] for i in rows], verification.norm_bound)),
         ("duplicate", lambda rows: _duplicates(gram[np.ix_(rows, rows)], verification.hostile_share)),
@@ -105,6 +111,11 @@ def outliers(
         found.update((claims[i], reason) for i in sorted(flagged))
         left = [i for i in left if i not in flagged]
     return found
+
+
+def _grown(changes: Mapping[Digest, Sequence[float]] | None, claim: Digest, factor: float) -> Sequence[float] | None:
+    change = None if changes is None else changes.get(claim)
+    return None if change is None else [value * factor for value in change]
 
 
 def _norm_outliers(norms2: Sequence[float], bound: float) -> list[bool]:

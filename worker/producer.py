@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from protocol.assignment import unit_steps
 from protocol.canonical import sha256_hex
-from protocol.documents import Digest, Lease, LeaseId, RunConfig
+from protocol.documents import Digest, Lease, LeaseId, RunConfig, UnitId
 from protocol.envelope import parse_envelope
 from protocol.errors import (
     AnswerInvalid,
@@ -192,7 +193,7 @@ class Producer:
                 unit=lease.unit,
                 round=lease.round,
                 index=lease.index,
-                steps=self._config.training.steps,
+                steps=unit_steps(self._config, UnitId(lease.unit)),
                 base_checkpoint=grant.base_checkpoint,
                 remaining_seconds=grant.remaining_ms / 1000,
             )

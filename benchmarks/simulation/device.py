@@ -14,7 +14,8 @@ from benchmarks.simulation.machines import SNAPSHOT_BYTES, Leaving, Member
 from benchmarks.simulation.people import Identity
 from benchmarks.simulation.post import Post, World
 from coordinator import leasing
-from protocol.documents import Lease, LeaseId, parse_payload
+from protocol.assignment import unit_steps
+from protocol.documents import Lease, LeaseId, UnitId, parse_payload
 from protocol.envelope import parse_envelope
 from protocol.errors import Refusal
 from protocol.limits import MINUTE_MS
@@ -230,7 +231,9 @@ class Device:
         assert unit is not None
         self._enter(Doing.TRAINING)
         unit.begun_ms = self.world.now_ms()
-        unit.train_ms = round(self.member.machine.train_ms(self.world.load) * chance.uniform(0.95, 1.05))
+        unit.train_ms = round(
+            self.member.machine.train_ms(self.world.load) * self._part(unit) * chance.uniform(0.95, 1.05)
+        )
         self._then(unit.train_ms, self._trained)
         self.look_ahead()
 
@@ -240,6 +243,11 @@ class Device:
         self._enter(Doing.CHANGING)
         self._then(self.world.load.after_ms, self._claim)
 
+    def _part(self, unit: _Unit) -> float:
+        """Return a unit's size as a share of a long one's."""
+        config = self.world.office.config
+        return unit_steps(config, UnitId(unit.lease.unit)) / config.training.steps
+
     def _note(self, unit: _Unit, *, finished: bool) -> None:
         self.world.ledger.stretches.append(
             Stretch(
@@ -248,6 +256,7 @@ class Device:
                 ms=self.world.now_ms() - unit.begun_ms,
                 finished=finished,
                 replica=unit.replica,
+                size=round(1000 * self._part(unit)),
             )
         )
 

@@ -37,13 +37,19 @@ SETTLER: Final = Pace(weigh_ms=SECOND_MS, merge_ms=10 * SECOND_MS, publish_ms=2 
 """Of two cores: a delta is 8 GB of fp32 to be added up, at 0.84 GB/s (`benchmarks.merge`)."""
 AUDITOR: Final = "RTX 4090"
 FOREVER: Final = 100_000
+STEPS: Final = 8
+"""Of a long unit; nothing is trained here, so it is only their ratio that counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What an operator chooses; see `[rounds]` in run.toml. `minutes`: a unit's training on a middling card."""
+    """What an operator chooses; see `[rounds]` in run.toml. `minutes`: a unit's training on a middling card.
+
+    `short_share`: of the units, those with half of the steps.
+    """
 
     minutes: float = 45.0
+    short_share: float = 0.0
     units: int = 256
     min_units: int = 32
     window_hours: float = 2.0
@@ -57,6 +63,12 @@ class Settings:
         small = protocol_config(Crowd(units=self.units, rounds=FOREVER))
         return replace(
             small,
+            training=replace(
+                small.training,
+                steps=STEPS,
+                short_steps=STEPS // 2,
+                short_share=round(self.short_share * 2**24),
+            ),
             rounds=replace(
                 small.rounds,
                 min_units=self.min_units,

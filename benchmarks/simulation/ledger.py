@@ -43,13 +43,17 @@ class Fate(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """A unit's training on one machine. `replica`: it was leased for an audit."""
+    """A unit's training on one machine.
+
+    `replica`: it was leased for an audit. `size`: in thousandths of a long unit.
+    """
 
     lease: LeaseId
     card: str
     ms: int
     finished: bool
     replica: bool
+    size: int
 
 
 @dataclass(slots=True)
@@ -73,8 +77,8 @@ class Ledger:
 class Account:
     """Machines' time, in milliseconds, and what came of it. Accounts of several seeds can be added up.
 
-    `powered`: time by doing, each machine's counted as often as its card is faster than 1 TFLOPS. `late`: merged units
-    by the rounds that they were late. `codes`: of what was thrown away.
+    `powered`: time by doing, each machine's counted as often as its card is faster than 1 TFLOPS. `late`: merged
+    work by the rounds that it was late, in thousandths of a long unit. `codes`: of what was thrown away.
     """
 
     spent: Counter[Doing]
@@ -115,7 +119,7 @@ class Account:
         return sum(self.fates[fate] for fate in fates) / self.fates.total()
 
     def late_share(self, least: int, most: int | None = None) -> float:
-        """Return the share of merged units that were from `least` to `most` rounds late."""
+        """Return the share of merged work that was from `least` to `most` rounds late."""
         found = sum(count for late, count in self.late.items() if late >= least and (most is None or late <= most))
         return found / self.late.total()
 
@@ -136,7 +140,7 @@ def account(ledger: Ledger, store: Store, card: str | None = None) -> Account:
         fate, code = _fate(stretch, attempt, ledger.refused.get(stretch.lease))
         fates[fate] += stretch.ms
         if fate is Fate.MERGED:
-            late[attempt.late] += 1
+            late[attempt.late] += stretch.size
         if fate is Fate.THROWN_AWAY:
             codes[code] += 1
     return Account(

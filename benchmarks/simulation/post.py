@@ -13,6 +13,7 @@ from benchmarks.simulation.people import TRAINER, Identity
 from benchmarks.simulation.physics import HONEST, Physics, Task
 from coordinator import claims
 from coordinator.desk import Desk
+from protocol.assignment import unit_samples
 from protocol.calls import Instruction
 from protocol.canonical import sha256_hex
 from protocol.documents import (
@@ -30,7 +31,6 @@ from protocol.documents import (
 from protocol.envelope import parse_envelope
 from protocol.errors import Refusal
 from protocol.limits import SECOND_MS
-from verify.replay import unit_samples
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ class Post:
             artifacts=(artifact,),
             trail_root=sha256_hex(lease.unit.encode()),
             salt=self.world.chance.randbytes(32).hex(),
-            samples=unit_samples(self.world.office.config),
+            samples=unit_samples(self.world.office.config, UnitId(lease.unit)),
             loss=1.0,
             trainer_version=TRAINER,
             device_class=self.me.session.proof.device_class,

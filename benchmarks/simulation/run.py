@@ -18,6 +18,7 @@ from coordinator.audits import AuditState
 from coordinator.owners import OwnerState
 from coordinator.rounds import RoundState
 from coordinator.sessions import Session
+from protocol.assignment import unit_samples
 from protocol.calls import Instruction
 from protocol.canonical import sha256_hex
 from protocol.documents import (
@@ -36,7 +37,7 @@ from protocol.documents import (
 from protocol.envelope import parse_envelope
 from protocol.errors import BytesRefused, OwnerBanned, Refusal, RunFinished
 from protocol.limits import HOUR_MS, SKETCH_BYTES
-from verify.replay import delta_schema, unit_samples
+from verify.replay import delta_schema
 
 
 @dataclass(slots=True, kw_only=True)
@@ -291,7 +292,7 @@ class Simulation:
             artifacts=(artifact,),
             trail_root=sha256_hex(taken.task.unit.encode()),
             salt=self._random.randbytes(32).hex(),
-            samples=unit_samples(self._config),
+            samples=unit_samples(self._config, taken.task.unit),
             loss=1.0,
             trainer_version=TRAINER,
             device_class=player.device_class,

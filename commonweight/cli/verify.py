@@ -69,7 +69,7 @@ def draws(
         trust = believe(files, run_id(run))
         entries, signed = read_public_log(files, trust)
     receipts = () if home is None else claim_receipts(home.absolute(), trust.run)
-    report = check_draws(entries, trust.config.verification, receipts)
+    report = check_draws(entries, trust.config.verification, trust.config.training, receipts)
     typer.echo(printable(f"run {trust.config.name!r} ({trust.run[:12]}): the log holds"))
     for line in _draw_lines(report, len(entries), signed, with_home=home is not None):
         typer.echo(line)
@@ -127,6 +127,8 @@ def replay(
     if it is refuted.
     """
     from commonweight.cli.worker import default_home
+    from protocol.assignment import unit_steps
+    from protocol.documents import UnitId
     from worker import evidence as finding
     from worker.library import Needs
     from worker.machine import trainer_version
@@ -145,7 +147,8 @@ def replay(
         typer.echo(note)
     materials = fetch_materials(files, trust, Needs.of_unit(trust.config, place.round, place.index))
     found, own = _judged(place, evidence, trust, materials.base, materials.shards, device, threads)
-    typer.echo(f"ran {trust.config.training.steps} steps in {own.seconds:.1f} s with {trainer_version()}")
+    steps = unit_steps(trust.config, UnitId(place.unit))
+    typer.echo(f"ran {steps} steps in {own.seconds:.1f} s with {trainer_version()}")
     for line in _verdict_lines(found, own, evidence, trust.config.verification):
         typer.echo(printable(line))
     return 0 if found.finding == "confirmed" else REFUTED

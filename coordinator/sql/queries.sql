@@ -37,7 +37,7 @@ VALUES (:unit, :round, :index, :state, :outcome, :chosen, :merged_in, :retracted
 SELECT * FROM units WHERE unit = :unit;
 
 -- name: next_open_unit
-SELECT * FROM units WHERE round = :round AND state = 'open' ORDER BY "index" LIMIT 1;
+SELECT * FROM units WHERE round = :round AND state = 'open' ORDER BY (unit < :short_below) <> :short, "index" LIMIT 1;
 
 -- name: save_unit
 UPDATE units SET state = :state, outcome = :outcome, chosen = :chosen, merged_in = :merged_in,
@@ -82,6 +82,9 @@ SELECT * FROM attempts WHERE lease = :lease;
 
 -- name: attempt_of_claim
 SELECT * FROM attempts WHERE claim_sha256 = :claim_sha256;
+
+-- name: latest_claimed
+SELECT * FROM attempts WHERE device = :device AND trained_ms IS NOT NULL ORDER BY sequence DESC LIMIT 1;
 
 -- name: save_attempt
 UPDATE attempts SET state = :state, deadline_ms = :deadline_ms, claim_sha256 = :claim_sha256,

@@ -26,6 +26,7 @@ from coordinator.owners import OwnerState
 from coordinator.sessions import Session
 from coordinator.sqlite_store import SqliteStore
 from diloco import NUMERICS
+from protocol.assignment import unit_samples
 from protocol.calls import Instruction
 from protocol.documents import (
     Artifact,
@@ -38,6 +39,7 @@ from protocol.documents import (
     RunConfig,
     RunId,
     SessionProof,
+    UnitId,
     digest_of,
     parse_payload,
     sign,
@@ -153,7 +155,7 @@ class Office(Records):
             artifacts=(Artifact(role="delta", content_sha256=content, blob_sha256=content, size=DELTA_BYTES),),
             trail_root="7a" * 32,
             salt=f"{self._salts:064x}",
-            samples=self.desk.config.training.steps * self.desk.config.training.batch,
+            samples=unit_samples(self.desk.config, UnitId(lease.unit)),
             loss=0.5,
             trainer_version="0.2.0",
             device_class="cpu-x86_64-avx2-torch2.13-t1",

@@ -189,6 +189,30 @@ class StoreConformance(OpensStore):
         save(filled, second, advance(second, Expired())[0])
         assert filled.held_by_newcomers(1) == 0
 
+    def test_short_units_come_first_for_who_wants_one_and_last_for_others(self, filled: Store) -> None:
+        by_id = sorted((examples.unit(index) for index in range(3)), key=lambda unit: unit.unit)
+        bound = by_id[1].unit  # so that one unit is short
+        shortest, longer = by_id[0], min(by_id[1:], key=lambda unit: unit.index)
+        assert filled.next_open_unit(1, short_below=bound, short=True) == shortest
+        assert filled.next_open_unit(1, short_below=bound, short=False) == longer
+        assert filled.next_open_unit(1, short_below="g", short=False) == examples.unit(0), "there are only short ones"
+        assert filled.next_open_unit(1, short_below="", short=True) == examples.unit(0), "there are only long ones"
+
+    def test_a_devices_newest_claim_is_found(self, filled: Store) -> None:
+        device = examples.device("ada-1").device
+        assert filled.latest_claimed(device) is None
+        first = lease(filled, "a", 0)
+        assert filled.latest_claimed(device) is None
+        save(filled, first, examples.claimed(first))
+        second = lease(filled, "b", 1)
+        found = filled.latest_claimed(device)
+        assert found is not None
+        assert found.lease == first.lease
+        save(filled, second, examples.claimed(second))
+        found = filled.latest_claimed(device)
+        assert found is not None
+        assert found.lease == second.lease
+
     def test_a_released_unit_can_be_leased_again(self, filled: Store) -> None:
         attempt = lease(filled, "a", 0)
         assert filled.next_open_unit(1) == examples.unit(1)

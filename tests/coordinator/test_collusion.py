@@ -234,7 +234,7 @@ def test_replicas_count_among_what_an_owner_may_hold(opening: Opening) -> None:
 def draws(office: Office) -> None:
     """Read the whole log as an outsider does."""
     entries = office.store.log_entries(1, office.store.log_head()[0])
-    check_draws(entries, office.desk.config.verification)
+    check_draws(entries, office.desk.config.verification, office.desk.config.training)
 
 
 def test_a_drawn_replica_that_a_referee_confirmed_and_a_merge_took_is_in_order(opening: Opening) -> None:

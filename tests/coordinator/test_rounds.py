@@ -18,6 +18,7 @@ from coordinator.rounds import (
     advance,
     gives_units,
     is_due,
+    suits_short,
 )
 from protocol.documents import Rounds
 from protocol.errors import IllegalTransition
@@ -131,3 +132,10 @@ def test_a_round_gives_out_units_as_long_as_a_merge_to_come_may_take_them(
     rules = replace(RULES, staleness_bound=bound, planned=planned)
 
     assert gives_units(a_round(state), rules) is gives
+
+
+@pytest.mark.parametrize(("long_ms", "short"), [(None, True), (25_001, True), (25_000, False), (1, False)])
+def test_short_units_suit_machines_that_are_new_or_need_more_than_half_a_window(
+    long_ms: int | None, short: bool
+) -> None:
+    assert suits_short(replace(RULES, min_window_ms=50_000), long_ms) is short

@@ -81,6 +81,8 @@ def run_config(*, shards: int = 5, shards_per_unit: int = 2, units: int = 4, pla
         ),
         training=Training(
             steps=60,
+            short_steps=1,
+            short_share=0,
             batch=32,
             lr=0.002,
             lr_final_share=0.1,

@@ -4,8 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from protocol.assignment import lr_scale, unit_id, unit_seed, unit_shards
-from protocol.documents import Digest
+from protocol.assignment import (
+    is_short,
+    lr_scale,
+    most_samples,
+    short_below,
+    unit_id,
+    unit_samples,
+    unit_seed,
+    unit_shards,
+    unit_steps,
+)
+from protocol.documents import Digest, UnitId
 from tests.protocol.examples import CONFIG, run_config
 
 CONFIG_SHA256 = Digest("c0" * 32)
@@ -51,3 +61,27 @@ def test_the_learning_rate_falls_linearly_to_its_final_share_and_stays_there() -
     assert lr_scale(run_config(planned=1), 1) == 1.0
     constant = replace(CONFIG, training=replace(CONFIG.training, lr_final_share=1.0))
     assert {lr_scale(constant, number) for number in range(1, 12)} == {1.0}
+
+
+SIZES = replace(CONFIG.training, steps=30, batch=4, short_steps=10, short_share=1 << 22)
+
+
+def test_a_unit_is_short_if_its_id_is_below_the_share_of_short_units() -> None:
+    config = replace(CONFIG, training=SIZES)
+    short, long = UnitId("3fffff" + "f" * 58), UnitId("400000" + "0" * 58)
+    assert (is_short(config, short), is_short(config, long)) == (True, False)
+    assert (unit_steps(config, short), unit_steps(config, long)) == (10, 30)
+    assert (unit_samples(config, short), unit_samples(config, long), most_samples(config)) == (40, 120, 120)
+
+
+def test_about_as_many_units_are_short_as_the_run_says() -> None:
+    config = replace(CONFIG, training=SIZES)
+    units = [unit_id(CONFIG_SHA256, number, index) for number in range(1, 41) for index in range(50)]
+    assert 0.22 < sum(is_short(config, unit) for unit in units) / len(units) < 0.28
+    assert all(is_short(config, unit) == (unit < short_below(config)) for unit in units)
+
+
+@pytest.mark.parametrize(("share", "short"), [(0, False), (1 << 24, True)])
+def test_all_units_or_none_can_be_short(share: int, short: bool) -> None:
+    config = replace(CONFIG, training=replace(SIZES, short_share=share))
+    assert [is_short(config, UnitId(first * 64)) for first in "0f"] == [short, short]

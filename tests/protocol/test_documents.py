@@ -128,14 +128,14 @@ GOLDEN = {
     "OwnerRevocation": "4d6f00807a6db35e",
     "Endpoint": "8b84b4caeb8afd1e",
     "SessionProof": "fc816c6eddabd9b5",
-    "RunConfig": "19f0ceb4e27e5686",
-    "Lease": "c814a7623ecbac23",
-    "Claim": "7f4e7cb4ede5088a",
-    "ClaimReceipt": "862de665be4a7766",
-    "BytesReceipt": "0dd4c5b022a96be8",
-    "Verdict": "34125c06cde21600",
-    "Opinion": "432192556f2f999d",
-    "Manifest": "3b5d8cf6459fd617",
+    "RunConfig": "b79e9ae09bc3cf81",
+    "Lease": "a6d0d74929aa5c83",
+    "Claim": "e715904a521f0336",
+    "ClaimReceipt": "23a5f9134dbd2b91",
+    "BytesReceipt": "3ba61fa8705b9762",
+    "Verdict": "8cc93724086291de",
+    "Opinion": "fe0c0f46a06afe57",
+    "Manifest": "d60488de2edeb1d2",
 }
 
 

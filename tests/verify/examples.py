@@ -19,7 +19,7 @@ from mmdit.config import MMDiTConfig
 from mmdit.export import write_description
 from mmdit.space import PixelSpace
 from protocol import layout
-from protocol.assignment import member_of, unit_id, unit_seed, unit_shards
+from protocol.assignment import member_of, unit_id, unit_samples, unit_seed, unit_shards
 from protocol.canonical import canonical_json, sha256_hex
 from protocol.documents import (
     ArtifactLimit,
@@ -38,6 +38,7 @@ from protocol.documents import (
     ShardRef,
     StateEntry,
     Training,
+    UnitId,
     UnmergeEntry,
     Verification,
     digest_of,
@@ -49,7 +50,7 @@ from protocol.keys import PrivateKey
 from protocol.log import EMPTY_LOG_HEAD, LogEntry, log_line, next_head
 from verify.admission import file_sha256
 from verify.policy import ONE, weigh_seed
-from verify.replay import codec_config, delta_schema, merge_rules, replay_unit, unit_samples
+from verify.replay import codec_config, delta_schema, merge_rules, replay_unit
 from verify.weights import Candidate, merge_weights
 
 ROOT = PrivateKey.from_seed(b"\x01" * 32)
@@ -135,6 +136,8 @@ def run_config(genesis_sha256: str, verification: Verification = REPLAY) -> RunC
         ),
         training=Training(
             steps=6,
+            short_steps=1,
+            short_share=0,
             batch=4,
             lr=0.005,
             lr_final_share=0.5,
@@ -338,7 +341,7 @@ def _merge_entries(
             content_sha256=content.hex(),
             size=path.stat().st_size,
             weight=0,
-            samples=unit_samples(run.config),
+            samples=unit_samples(run.config, UnitId(lease.unit)),
             member=member_of(RUN, OWNERS[lease.index].public.key_id),
             audited=False,
             influence=ONE,

@@ -16,6 +16,8 @@ from tests.protocol.examples import CONFIG, RUN
 from verify.draws import DrawReport, check_draws
 from verify.policy import ONE, audit_share, is_drawn, is_sampled
 
+TRAINING = replace(CONFIG.training, steps=30, batch=4, short_steps=10, short_share=ONE // 2)
+LONG, SHORT = 120, 40
 RULES = replace(CONFIG.verification, probation=2, floor=ONE // 4, referee_share=ONE // 2)
 ADA, BOB, EVE = ("a1" * 32, "b2" * 32, "c3" * 32)
 AUDITOR = "f0" * 32
@@ -45,7 +47,7 @@ class Book:
         return found
 
     def check(self, *receipts: ClaimReceipt) -> DrawReport:
-        return check_draws(self.entries(), self.rules, receipts)
+        return check_draws(self.entries(), self.rules, TRAINING, receipts)
 
     def open(self, epoch: int) -> None:
         self.epoch = epoch
@@ -54,13 +56,16 @@ class Book:
     def reveal(self, epoch: int) -> None:
         self.add("epoch-revealed", epoch=epoch, secret=SECRETS[epoch].hex())
 
-    def share(self, member: str) -> int:
+    def share(self, member: str, samples: int = LONG) -> int:
         established, row = self.records.get(member, (False, 0))
-        return audit_share(self.rules, established=established, valid_in_row=row)
+        of_long = audit_share(self.rules, established=established, valid_in_row=row)
+        return of_long if of_long == ONE else of_long * samples // LONG
 
-    def claim(self, member: str, *, drawn: bool | None = None, sampled: bool | None = None) -> Digest:
+    def claim(
+        self, member: str, *, drawn: bool | None = None, sampled: bool | None = None, samples: int = LONG
+    ) -> Digest:
         """Log a claim and its bytes; look for a digest that the epoch's secret treats as asked."""
-        share, secret = self.share(member), SECRETS[self.epoch]
+        share, secret = self.share(member, samples), SECRETS[self.epoch]
         while True:
             self.claims += 1
             claim = Digest(hashlib.sha256(b"claim %d" % self.claims).hexdigest())
@@ -68,7 +73,7 @@ class Book:
                 continue
             if sampled in (None, is_sampled(secret, claim, self.rules.referee_share)):
                 break
-        self.add("claim", claim=claim, member=member, epoch=self.epoch, audit_share=share)
+        self.add("claim", claim=claim, member=member, epoch=self.epoch, audit_share=share, samples=samples)
         self.add("bytes", claim=claim)
         return claim
 
@@ -144,6 +149,13 @@ def test_an_honest_log_holds_and_says_what_its_audits_cost() -> None:
     assert report.audits == {"drawn": 1, "probation": 5}
     assert (report.replicas, report.replays, report.refuted) == (1, 5, 1)
     assert report.overhead == 6 / 8
+
+
+def test_a_short_units_claim_has_a_smaller_probability_in_an_honest_log() -> None:
+    book = honest()
+    book.claim(ADA, drawn=False, samples=SHORT)
+    assert book.lines[-2][1]["audit_share"] == book.share(ADA) * SHORT // LONG < book.share(ADA)
+    assert book.check().claims == 10
 
 
 def test_kinds_that_draws_do_not_depend_on_and_members_that_are_not_known_pass_unread() -> None:
@@ -250,6 +262,8 @@ CHEATS: dict[str, tuple[Callable[[Book], None], str]] = {
     "a secret never promised": (change("epoch-revealed", epoch=7), "not open"),
     "an epoch opened twice": (append(lambda book: book.open(3)), "again, or out of order"),
     "an older epoch": (change("claim", -1, epoch=2), "newest epoch"),
+    "a size that no unit has": (change("claim", -1, samples=41), "is for 41 samples, as many as no unit"),
+    "a long unit said to be short": (change("claim", -1, samples=SHORT), "its owner's record gives"),
     "a lower probability": (change("claim", 0, audit_share=ONE // 20), "its owner's record gives 16777216"),
     "a higher probability": (change("claim", -1, audit_share=ONE), "its owner's record gives"),
     "a claim twice": (append(lambda book: book.lines.append(book.lines[1])), "logged twice"),

@@ -12,6 +12,7 @@ from verify.policy import (
     Poisoner,
     assess,
     audit_share,
+    by_size,
     influence,
     is_drawn,
     is_sampled,
@@ -35,6 +36,15 @@ def test_everything_of_a_newcomer_is_audited_and_a_share_of_a_veteran() -> None:
     assert audit_share(REPLAY, established=True, valid_in_row=10**6) == REPLAY.floor
     assert audit_share(replace(REPLAY, floor=0), established=True, valid_in_row=1_000) == -(-ONE // 1_000)
     assert audit_share(UNCHECKED, established=False, valid_in_row=0) == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "samples", "expected"), [(ONE, 40, ONE), (0, 40, 0), (1200, 40, 400), (1200, 120, 1200), (1, 40, 1)]
+)
+def test_audits_are_as_probable_as_units_are_large_unless_they_are_certain(
+    share: int, samples: int, expected: int
+) -> None:
+    assert by_size(share, samples=samples, most=120) == expected
 
 
 def test_a_record_counts_up_to_the_ramp_and_a_confirmed_delta_always() -> None:

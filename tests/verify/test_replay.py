@@ -9,7 +9,7 @@ from diloco.codec import CodecConfig
 from diloco.container import Container
 from diloco.schema import schema_of
 from protocol import layout
-from protocol.assignment import unit_seed
+from protocol.assignment import unit_samples, unit_seed
 from protocol.documents import RunConfig, UnitId
 from protocol.errors import NumericsMismatch, PayloadInvalid
 from tests.verify.examples import CONDITIONING, MODEL, SPACE, PublishedRun, lease_of, run_config, shards_of
@@ -24,7 +24,6 @@ from verify.replay import (
     pixel_space,
     replay_unit,
     training_spec,
-    unit_samples,
     unit_spec,
     unit_spec_of,
 )
@@ -39,15 +38,22 @@ def test_a_run_config_becomes_what_the_model_and_the_merge_compute_with() -> Non
     assert delta_schema(CONFIG).digest == schema_of(MODEL).digest
     assert codec_config(CONFIG) == CodecConfig(kind="dither", levels=1, block=256, reach=704, width=128)
     assert (outer_config(CONFIG).lr, outer_config(CONFIG).momentum) == (0.7, 0.9)
-    assert unit_samples(CONFIG) == 24
 
 
 def test_every_number_of_the_inner_loop_reaches_the_unit() -> None:
     spec = training_spec(CONFIG)
     training = CONFIG.training
-    same = set(training.__dataclass_fields__) - {"lr_final_share"}
+    same = set(training.__dataclass_fields__) - {"lr_final_share", "short_steps", "short_share"}
     assert {name: getattr(spec, name) for name in same} == {name: getattr(training, name) for name in same}
     assert spec.max_tokens == 4
+
+
+def test_a_short_unit_has_fewer_steps_and_warms_up_for_the_same_share_of_them() -> None:
+    training = replace(CONFIG.training, steps=12, warmup_steps=6, short_steps=5, short_share=1 << 24)
+    spec = unit_spec_of(replace(CONFIG, training=training), 1, UnitId("ab" * 32))
+    assert (spec.training.steps, spec.training.warmup_steps) == (5, 2)
+    long = unit_spec_of(replace(CONFIG, training=replace(training, short_share=0)), 1, UnitId("ab" * 32))
+    assert (long.training.steps, long.training.warmup_steps) == (12, 6)
 
 
 def test_a_units_seed_and_learning_rate_follow_from_its_id_and_round() -> None:
@@ -101,7 +107,7 @@ def test_a_replayed_unit_is_the_published_delta(published: PublishedRun) -> None
     weights = published.checkpoint(1) / layout.WEIGHTS
     lease = lease_of(published.config, 2, 1, file_sha256(weights))
     result, encoded = replay_unit(published.config, lease, TensorFile.open(weights).load(), shards_of(lease), "cpu")
-    assert result.samples == unit_samples(published.config)
+    assert result.samples == unit_samples(published.config, UnitId(lease.unit))
     (entry,) = (entry for entry in published.manifest(2).merged if entry.unit == lease.unit)
     path = published.public / layout.delta_path(entry.blob_sha256)
     merged = Container.open(

@@ -41,12 +41,14 @@ def screened(
     losses: Sequence[Floats] | None = None,
     audited: frozenset[str] = frozenset(),
     members: Sequence[str] | None = None,
+    samples: Sequence[int] | None = None,
 ) -> dict[Digest, str]:
     claims = CLAIMS[: len(sketches)]
     found = outliers(
         claims,
         members=[str(number) for number in range(len(claims))] if members is None else members,
         norms2=[norm**2 for norm in norms or [1.0] * len(claims)],
+        samples=samples or [100] * len(claims),
         gram=gram(sketches),
         audited=audited,
         changes=None if losses is None else {c: loss.tolist() for c, loss in zip(claims, losses, strict=True)},
@@ -149,13 +151,29 @@ def test_a_loss_that_is_no_number_stands_out_and_does_not_hide_a_bad_one(nothing
     assert screened(honest(), losses=losses) == {CLAIMS[2]: "loss", CLAIMS[3]: "loss"}
 
 
+def test_a_short_units_delta_is_compared_as_if_its_unit_were_a_long_one() -> None:
+    sizes, norms = [100] * 6 + [50, 50], [1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 0.65, 0.67]
+    assert screened(honest(8), norms=norms, samples=sizes) == {}
+    assert set(screened(honest(8), norms=norms).values()) == {"norm"}
+    norms[7] = 1.0  # as long as a long unit's
+    assert screened(honest(8), norms=norms, samples=sizes) == {CLAIMS[7]: "norm"}
+
+
 def test_a_small_cohort_is_not_judged_by_itself() -> None:
     sketches = honest(3)
     sketches[0] = -sketches[1]
     assert screened(sketches) == {}
     nothing = np.zeros((0, 0), int)
     found = outliers(
-        [], members=[], norms2=[], gram=nothing, audited=(), changes=None, base_loss=1.0, verification=REPLAY
+        [],
+        members=[],
+        norms2=[],
+        samples=[],
+        gram=nothing,
+        audited=(),
+        changes=None,
+        base_loss=1.0,
+        verification=REPLAY,
     )
     assert found == {}
 
@@ -182,6 +200,7 @@ def test_losses_are_compared_on_the_same_triples_only() -> None:
             CLAIMS[:2],
             members=["ada", "bob"],
             norms2=[1.0],
+            samples=[100, 100],
             gram=np.eye(2, dtype=int),
             audited=(),
             changes=None,
