@@ -132,7 +132,7 @@ def write_log(run: PublishedRun, signed: Sequence[LogEntry], tail: Sequence[LogE
 
 
 def book_of(run: PublishedRun) -> Book:
-    book = Book(run.config.verification)
+    book = Book(run.config.verification, run.config.training)
     book.open(1)
     for _ in range(2):
         book.refereed(ADA)

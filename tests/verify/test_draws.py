@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from protocol.canonical import canonical_json, sha256_hex
-from protocol.documents import ClaimReceipt, Digest, Verification
+from protocol.documents import ClaimReceipt, Digest, Training, Verification
 from protocol.errors import LogDiffers
 from protocol.log import EMPTY_LOG_HEAD, LogEntry, next_head
 from tests.protocol.examples import CONFIG, RUN
@@ -27,8 +27,10 @@ SECRETS = {epoch: hashlib.sha256(b"epoch %d" % epoch).digest() for epoch in rang
 class Book:
     """Writes a log as an honest coordinator does; tests then change what it wrote."""
 
-    def __init__(self, rules: Verification = RULES) -> None:
+    def __init__(self, rules: Verification = RULES, training: Training = TRAINING) -> None:
         self.rules = rules
+        self.training = training
+        self.most = training.steps * training.batch
         self.lines: list[tuple[str, dict[str, Any]]] = []
         self.records: dict[str, tuple[bool, int]] = {}
         self.audits = self.claims = 0
@@ -47,7 +49,7 @@ class Book:
         return found
 
     def check(self, *receipts: ClaimReceipt) -> DrawReport:
-        return check_draws(self.entries(), self.rules, TRAINING, receipts)
+        return check_draws(self.entries(), self.rules, self.training, receipts)
 
     def open(self, epoch: int) -> None:
         self.epoch = epoch
@@ -56,15 +58,16 @@ class Book:
     def reveal(self, epoch: int) -> None:
         self.add("epoch-revealed", epoch=epoch, secret=SECRETS[epoch].hex())
 
-    def share(self, member: str, samples: int = LONG) -> int:
+    def share(self, member: str, samples: int | None = None) -> int:
         established, row = self.records.get(member, (False, 0))
         of_long = audit_share(self.rules, established=established, valid_in_row=row)
-        return of_long if of_long == ONE else of_long * samples // LONG
+        return of_long if of_long == ONE else of_long * (samples or self.most) // self.most
 
     def claim(
-        self, member: str, *, drawn: bool | None = None, sampled: bool | None = None, samples: int = LONG
+        self, member: str, *, drawn: bool | None = None, sampled: bool | None = None, samples: int | None = None
     ) -> Digest:
         """Log a claim and its bytes; look for a digest that the epoch's secret treats as asked."""
+        samples = samples or self.most
         share, secret = self.share(member, samples), SECRETS[self.epoch]
         while True:
             self.claims += 1
