@@ -60,8 +60,7 @@ FOR_A_REFEREE: Final = frozenset(
 )
 """Reasons that send a claim to an auditor at once. Its owner can bring most of them about: with a replica, it could
 order a partner's confirmation whenever that one is ready to give it; and when a claim is overdue, everybody can compute
-who will be offered its replica. Deltas that are audited back are public: copies
-prove nothing."""
+who will be offered its replica. Deltas that are audited back are public: copies prove nothing."""
 
 
 @unique

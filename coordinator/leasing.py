@@ -167,11 +167,10 @@ def _has_room(desk: Desk, owner: KeyId, round_number: int) -> bool:
     Keys are free, so no cap of each newcomer keeps them from taking every unit with results that nobody believes until
     auditors come to them. So a few units are kept for each established owner.
     """
-    known, established = desk.store.owner(owner), desk.store.established_others(owner)
+    known, units = desk.store.owner(owner), desk.config.rounds.units
     if known is not None and known.state is OwnerState.ESTABLISHED:
         return True
-    units = desk.config.rounds.units
-    kept = min(units // KEPT_SHARE, KEPT_PER_ESTABLISHED * established)
+    kept = min(units // KEPT_SHARE, KEPT_PER_ESTABLISHED * desk.store.established_others(owner))
     return not kept or desk.store.held_by_newcomers(round_number) < units - kept
 
 
