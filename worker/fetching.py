@@ -39,12 +39,16 @@ class Fetching:
         """Return the files of a leased unit; see `Library.fetch`. A fetch ahead that is under way is let end first."""
         return await self._fetch(Needs.of_lease(lease))
 
-    async def ahead(self, lease: Lease) -> None:
+    async def ahead(self, lease: Lease, begun: asyncio.Event) -> None:
         """While the unit of this lease trains, fetch each checkpoint that is published, until cancelled.
+
+        Not before training has `begun`: in a small cache the newer checkpoint takes the place of the unit's base, which
+        must have been read by then, and a large one takes a slow disk minutes.
 
         Failures are not told: whoever needs the files will meet them again, and say so then.
         """
         has = lease.round - 1
+        await begun.wait()
         while True:
             await asyncio.sleep(self._ahead_seconds)
             newest = has

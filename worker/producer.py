@@ -260,7 +260,7 @@ class Producer:
 
     async def _train(self, lease: Lease, materials: Materials) -> TrainedUnit:
         on_step = StepWatch(lease.unit, lease.round, self._stop, self._reporter, asyncio.get_running_loop())
-        ahead = asyncio.create_task(self._files.ahead(lease), name="fetch ahead")
+        ahead = asyncio.create_task(self._files.ahead(lease, on_step.begun), name="fetch ahead")
         try:
             return await self._training.run(
                 partial(

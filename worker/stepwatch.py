@@ -13,7 +13,10 @@ JUST_BEGUN = 4
 
 
 class StepWatch:
-    """Called in the training thread after each step; raises `UnitAbandoned` to end the training."""
+    """Called in the training thread after each step; raises `UnitAbandoned` to end the training.
+
+    `begun` is set with the first step: from then on training has its base in memory.
+    """
 
     def __init__(
         self, unit: str, round_number: int, stop: Stop, reporter: Reporter, loop: asyncio.AbstractEventLoop
@@ -23,12 +26,15 @@ class StepWatch:
         self._stop = stop
         self._reporter = reporter
         self._loop = loop
+        self.begun = asyncio.Event()
         self._told = 0.0
         self._finishing = False
 
     def __call__(self, step: int, steps: int, loss: float) -> None:
         """Hear of a step."""
         self._obey(step, steps)
+        if step == 1:
+            self._loop.call_soon_threadsafe(self.begun.set)
         now = time.monotonic()
         if step == steps or now - self._told >= STEP_EVENTS_EVERY_SECONDS:
             self._told = now

@@ -10,7 +10,7 @@ from protocol.errors import Unreachable
 from protocol.layout import WEIGHTS, checkpoint_directory
 from tests.worker.recording import Recorder, work
 from tests.worker.small_run import SmallRun
-from worker.progress import Event, Step
+from worker.progress import Event, Leased, Step
 from worker.trainer import TrainedUnit, train_unit
 
 QUICKLY: Final = 0.02
@@ -68,6 +68,37 @@ def test_a_checkpoint_that_is_published_during_training_is_there_before_the_unit
     ahead = next(number for number, event in enumerate(recorder.events) if event.get("file") == NEXT)
     assert names.index("step") < ahead < names.index("trained")
     assert asked_for(run, NEXT) == 1
+    assert len(run.received()) == 1
+
+
+def test_a_base_that_is_read_slowly_does_not_make_room_for_a_newer_checkpoint(tmp_path: Path) -> None:
+    async def scenario() -> tuple[SmallRun, int]:
+        run = SmallRun(tmp_path / "run", units=1)
+        asked_early: list[int] = []
+
+        def publish(event: Event) -> None:
+            if isinstance(event, Leased):
+                run.publish_another()
+
+        def slow(*unit: Any, device: str, on_step: Callable[[int, int, float], None]) -> TrainedUnit:
+            time.sleep(25 * QUICKLY)  # the disk turns
+            asked_early.append(asked_for(run, NEXT))
+            return train_unit(*unit, device=device, on_step=on_step)
+
+        async with run:
+            await work(
+                run,
+                tmp_path / "home",
+                Recorder(publish),
+                ahead_seconds=QUICKLY,
+                cache_bytes=room_for_one(run),
+                train=slow,
+            )
+        return run, sum(asked_early)
+
+    run, asked_early = asyncio.run(scenario())
+
+    assert asked_early == 0
     assert len(run.received()) == 1
 
 
