@@ -4,7 +4,7 @@ Every method trains the same model of 0.08 million parameters on the same pictur
 learning rate and an outer momentum of its own, tried out on the first seed. Each run is one file in
 `benchmarks/results/cells/convergence`, so that a long measurement can be broken off and taken up again. `--table star`
 varies the inner steps of a round and the number of volunteers around 30 and 8; `long` is 200 rounds of 100 steps;
-`states` and `outer` are the choices behind this project's way.
+`states`, `outer` and `inner` are the choices behind this project's way.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Final
 
 from benchmarks.links import DOWN_BIT_S, UP_BIT_S
 from benchmarks.optimisation.bench import Bench, Outcome, final, mean, spread
-from benchmarks.optimisation.choices import OUTER, STATES, lowest, measure_choices
+from benchmarks.optimisation.choices import INNER, OUTER, STATES, lowest, measure_choices
 from benchmarks.optimisation.pictures import Curve, plot_curves
 from benchmarks.optimisation.runs import Course, Name
 from benchmarks.optimisation.samples import Shape
@@ -297,7 +297,8 @@ def measure_long(bench: Bench, report: Report, size: Size) -> None:
     )
 
 
-TABLES: Final = ("states", "outer", "star", "long")
+_CHOICES: Final = {"states": STATES, "outer": OUTER, "inner": INNER}
+TABLES: Final = (*_CHOICES, "star", "long")
 
 
 def measure(table: str, bench: Bench, report: Report, size: Size, *, draw: bool) -> None:
@@ -312,8 +313,7 @@ def measure(table: str, bench: Bench, report: Report, size: Size, *, draw: bool)
     else:
         shape = Shape(volunteers=8, steps=size.middle, batch=BATCH)
         rounds = max(1, size.steps // size.middle)
-        choices = STATES if table == "states" else OUTER
-        measure_choices(bench, report, choices, shape, rounds=rounds, seeds=size.seeds)
+        measure_choices(bench, report, _CHOICES[table], shape, rounds=rounds, seeds=size.seeds)
 
 
 def _size(arguments: argparse.Namespace) -> Size:

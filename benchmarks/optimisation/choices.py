@@ -42,6 +42,13 @@ OUTER: Final[Mapping[Name, Choice]] = {
     "short-equal": Choice(words="half do half a unit, weighed alike", rates=(0.006,), momenta=(0.8,)),
 }
 """The outer loop, with this project's codecs; the first is what the others are compared with."""
+INNER: Final[Mapping[Name, Choice]] = {
+    "ours": Choice(words="AdamW", rates=(0.006, 0.008), momenta=(0.8, 0.6, 0.9)),
+    "muon": Choice(words="Muon in the blocks", rates=(0.006, 0.012, 0.004), momenta=(0.8, 0.6, 0.9)),
+    "ours-fp32": Choice(words="AdamW, fp32 both ways", rates=(0.006, 0.008), momenta=(0.8,)),
+    "muon-fp32": Choice(words="Muon in the blocks, fp32 both ways", rates=(0.006, 0.012), momenta=(0.8,)),
+}
+"""The inner optimiser, with this project's codecs and without; the first is what the others are compared with."""
 
 
 def measure_choices(

@@ -99,14 +99,28 @@ class CrowdModel:
         return flow_loss_B(predict, latent, text, pooled, noise, t).mean()
 
 
+Update = Callable[[Tensor, Moments, Tensor, Tensor], None]
+"""Moves weights [V, P] in place by clipped gradients [V, P] at rates [V, 1]; the moments' counts stand at this step."""
+
+
+def adamw(flat_VP: Tensor, moments: Moments, gradient_VP: Tensor, rate_V1: Tensor) -> None:
+    """One step of AdamW (arXiv 1711.05101); see `Update`."""
+    moments.m.lerp_(gradient_VP, 1 - BETA1)
+    moments.v.mul_(BETA2).addcmul_(gradient_VP, gradient_VP, value=1 - BETA2)
+    flat_VP.mul_(1 - rate_V1 * WEIGHT_DECAY)
+    spread_VP = (moments.v / (1 - BETA2**moments.v_steps)).sqrt_().add_(EPS)
+    flat_VP.addcdiv_(moments.m * rate_V1, spread_VP, value=-1 / (1 - BETA1**moments.m_steps))
+
+
 def train(
     model: CrowdModel,
     flat_VP: Tensor,
     moments: Moments,
     batches: Callable[[int], Batch],
     rates_SV: Tensor,
+    update: Update = adamw,
 ) -> Tensor:
-    """Return each volunteer's weights after AdamW steps at these learning rates; `moments` move along.
+    """Return each volunteer's weights after steps at these learning rates; `moments` move along.
 
     Rates are [S, V] or, for all volunteers the same, [S, 1]. At a rate of 0 a volunteer's weights stay.
     """
@@ -116,9 +130,5 @@ def train(
         norm_V1 = gradient_VP.norm(dim=1, keepdim=True)
         gradient_VP = gradient_VP * (GRAD_CLIP / (norm_V1 + 1e-6)).clamp(max=1.0)
         moments.m_steps, moments.v_steps = moments.m_steps + 1, moments.v_steps + 1
-        moments.m.lerp_(gradient_VP, 1 - BETA1)
-        moments.v.mul_(BETA2).addcmul_(gradient_VP, gradient_VP, value=1 - BETA2)
-        flat_VP.mul_(1 - rate_V1 * WEIGHT_DECAY)
-        spread_VP = (moments.v / (1 - BETA2**moments.v_steps)).sqrt_().add_(EPS)
-        flat_VP.addcdiv_(moments.m * rate_V1, spread_VP, value=-1 / (1 - BETA1**moments.m_steps))
+        update(flat_VP, moments, gradient_VP, rate_V1)
     return flat_VP

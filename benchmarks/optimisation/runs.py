@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.optimisation.combining import Combine, Late, Radial, Weighted
-from benchmarks.optimisation.crowd import CrowdModel, Moments, train
+from benchmarks.optimisation.crowd import CrowdModel, Moments, Update, adamw, train
 from benchmarks.optimisation.methods import Exchange, Ours, Plain, Sparse
+from benchmarks.optimisation.muon import Muon
 from benchmarks.optimisation.samples import RoundSamples, Shape, heldout
 from benchmarks.optimisation.states import First, InnerState, Private, Public, Reset, Second
 from diloco.codec import CodecConfig
@@ -22,6 +23,7 @@ Name = Literal[
     "data-parallel", "diloco-fp32", "diloco-int8", "sparseloco", "ours", "ours-fp32", "ours-codec", "ours-patch",
     "reset", "v", "v-outer-m", "v-ternary-m", "8-bit",
     "radial", "late-0", "late-0.5", "late-0.7", "late-1", "late-delayed", "short-by-samples", "short-equal",
+    "muon", "muon-fp32",
 ]  # fmt: skip
 GRADIENT_BITS: Final = 16.0
 """Data-parallel training sends and fetches gradients in bf16, as is usual."""
@@ -56,11 +58,15 @@ class Course:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What makes a method: where moments come from, how deltas travel, and how many volunteers do half a unit."""
+    """What makes a method: where moments come from, how deltas travel, and how many volunteers do half a unit.
+
+    `update` is the inner optimiser.
+    """
 
     state: Callable[[Course, CrowdModel], InnerState]
     exchange: Callable[[Course, CrowdModel], Exchange]
     short: int = 0
+    update: Callable[[CrowdModel], Update] = lambda _model: adamw
 
 
 def play(course: Course) -> Mapping[str, Any]:
@@ -72,6 +78,7 @@ def play(course: Course) -> Mapping[str, Any]:
 def _rounds(course: Course, recipe: Recipe) -> Mapping[str, Any]:
     model = CrowdModel(_seed(course.seed))
     exchange, state = recipe.exchange(course, model), recipe.state(course, model)
+    update = recipe.update(model)
     theta = model.first
     volunteers = course.shape.volunteers
     losses: list[tuple[int, float]] = []
@@ -80,7 +87,7 @@ def _rounds(course: Course, recipe: Recipe) -> Mapping[str, Any]:
         samples = RoundSamples(course.seed, number, course.shape)
         rates_SV = _rates(course, number, warm=state.is_new, short=recipe.short)
         moments = state.begin()
-        trained = train(model, theta.repeat(volunteers, 1), moments, samples.of_crowd, rates_SV)
+        trained = train(model, theta.repeat(volunteers, 1), moments, samples.of_crowd, rates_SV, update)
         fall, traffic = exchange.step(theta - trained, number)
         moved = state.end(moments, fall, float(rates_SV[:, 0].sum()), number)
         theta = theta - fall
@@ -174,6 +181,10 @@ def _ours(
     return Ours(model, course.outer, codec, patch, course.seed, how)
 
 
+def _muon(model: CrowdModel) -> Update:
+    return Muon(model.schema)
+
+
 def _radial(_course: Course, model: CrowdModel) -> Combine:
     return Radial(model.schema)
 
@@ -213,5 +224,7 @@ RECIPES: Final[Mapping[Name, Recipe]] = {
     "late-delayed": _late_recipe(1.0, delayed=True),
     "short-by-samples": Recipe(state=_reset, exchange=partial(_ours, combine=_by_samples), short=4),
     "short-equal": Recipe(state=_reset, exchange=_ours, short=4),
+    "muon": Recipe(state=_reset, exchange=_ours, update=_muon),
+    "muon-fp32": Recipe(state=_reset, exchange=partial(_ours, codec=None, patch=None), update=_muon),
 }
 """Every method but data-parallel training, which has no rounds."""

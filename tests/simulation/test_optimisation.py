@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from benchmarks.optimisation.combining import Late, Radial, Weighted
-from benchmarks.optimisation.crowd import Batch, CrowdModel, Moments, train
+from benchmarks.optimisation.crowd import Batch, CrowdModel, Moments, adamw, train
 from benchmarks.optimisation.methods import Ours, Sparse
+from benchmarks.optimisation.muon import Muon, orthogonal
 from benchmarks.optimisation.runs import CODEC, PATCH, RECIPES, Course, Name, play
 from benchmarks.optimisation.samples import RoundSamples, Shape
 from benchmarks.optimisation.states import First, Private, Public, Reset, Second
@@ -193,6 +194,36 @@ def test_a_first_moment_from_the_outer_step_moves_on_as_the_volunteers_moved() -
     spread = (begun.v / (1 - 0.99**begun.v_steps)).sqrt()
     # The weights fell by 0.3 where the outer step is as long as the volunteers' own, over rates that sum to 0.1.
     assert torch.allclose(begun.m / spread, torch.full_like(begun.m, 3.0), rtol=1e-4)
+
+
+# --- the inner optimiser -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 12), (2, 12, 5)])
+def test_a_matrix_is_turned_into_a_nearly_orthogonal_one_that_points_its_way(shape: tuple[int, ...]) -> None:
+    matrices = torch.from_numpy(np.random.default_rng(6).standard_normal(shape))
+    turned = orthogonal(matrices)
+    values = torch.linalg.svdvals(turned)
+    assert 0.6 < float(values.min()) < float(values.max()) < 1.3
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    assert float((turned * (left @ right)).sum() / turned.norm() / (left @ right).norm()) > 0.95
+
+
+def test_muon_moves_the_matrices_of_the_blocks_and_leaves_the_rest_to_adamw() -> None:
+    model = CrowdModel(SEED)
+    gradient = torch.from_numpy(np.stack(vectors(2)))
+    ours, theirs = (model.first.repeat(2, 1) for _ in range(2))
+    for flat, update in ((ours, Muon(model.schema)), (theirs, adamw)):
+        update(flat, Moments(m=torch.zeros_like(flat), v=torch.zeros_like(flat), m_steps=1, v_steps=1), gradient,
+               torch.tensor([[0.01], [0.0]]))  # fmt: skip
+    assert torch.equal(ours[1], model.first)
+    for spec, one, other, first in zip(model.schema.tensors, *map(model.split, (ours[0], theirs[0], model.first)),
+                                       strict=True):  # fmt: skip
+        if spec.name.startswith("transformer_blocks.") and len(spec.shape) == 2:
+            rms = float((one - first * (1 - 0.01 * 0.01)).square().mean().sqrt()) / 0.01
+            assert 0.1 < rms < 0.3
+        else:
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("method", sorted(RECIPES))
