@@ -49,7 +49,7 @@ class Muon:
 def orthogonal(matrices_VMN: Tensor) -> Tensor:
     """Return roughly U V^T of each matrix U S V^T: singular values end between 0.7 and 1.2."""
     wide = matrices_VMN if matrices_VMN.shape[1] <= matrices_VMN.shape[2] else matrices_VMN.mT
-    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-12)
+    x: Tensor = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-12)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
