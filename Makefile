@@ -8,8 +8,9 @@ PACKAGES := protocol mmdit diloco verify worker coordinator commonweight
 demo: .venv
 	$(BIN)/commonweight demo
 
-test: .venv
-	$(BIN)/python -m pytest
+test: .venv  # tests of whole runs wait for real time, and so have the machine to themselves
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/integration
+	$(BIN)/python -m pytest tests/integration
 
 lint: .venv
 	$(BIN)/ruff format --check .
