@@ -38,12 +38,13 @@ PEERS: Final = 20
 
 
 _MOMENTA: Final[Mapping[int, tuple[float, ...]]] = {
-    10: (0.9, 0.8),
+    10: (0.9, 0.8, 0.6),
     30: (0.8,),
-    100: (0.6, 0.8),
-    300: (0.3, 0.6),
+    100: (0.6, 0.8, 0.3),
+    300: (0.3, 0.6, 0.0),
 }
-"""Outer momenta that are tried in the star by inner steps; at 30 the one that `convergence_states` found for all."""
+"""Outer momenta that are tried in the star by inner steps; at 30 the one that was best of three in
+`convergence_states` and `_outer`."""
 _NO_MOMENTUM: Final = (0.0,)
 _RATES: Final[Mapping[Name, tuple[float, ...]]] = {
     "data-parallel": (0.004, 0.006),
