@@ -161,6 +161,24 @@ async def stubborn(run: LiveRun, folder: Path, name: str, works: dict[str, Work]
                 raise
 
 
+async def kill_at_random(run: LiveRun, chance: random.Random, until_round: int) -> int:
+    """Kill one process or all of them, six times or until a round is published; return how often."""
+    kills = 0
+    while not run.published(until_round):
+        await asyncio.sleep(chance.uniform(0.1, 1.0))
+        if kills < 6 and run.serving is not None:
+            victim = chance.choice(["supervisor", "control_process", "settler"])
+            if victim == "supervisor":
+                await asyncio.to_thread(run.kill_all)
+                await asyncio.to_thread(run.start)
+            else:
+                before = run.pid(victim)
+                os.kill(before, signal.SIGKILL)
+                await asyncio.to_thread(restarted, run, victim, before)
+            kills += 1
+    return kills
+
+
 @pytest.mark.slow
 def test_killed_again_and_again_at_random_moments_it_ends_with_every_receipted_delta_merged_once(folder: Path) -> None:
     rounds = 6
@@ -177,24 +195,13 @@ def test_killed_again_and_again_at_random_moments_it_ends_with_every_receipted_d
         works: dict[str, Work] = {}
 
         async def story() -> int:
-            peers = [asyncio.create_task(stubborn(run, folder, f"peer{n}", works, rounds)) for n in range(2)]
-            kills = 0
-            while not run.published(rounds):
-                await asyncio.sleep(chance.uniform(0.1, 1.0))
-                if kills < 6 and run.serving is not None:
-                    victim = chance.choice(["supervisor", "control_process", "settler"])
-                    if victim == "supervisor":
-                        await asyncio.to_thread(run.kill_all)
-                        await asyncio.to_thread(run.start)
-                    else:
-                        before = run.pid(victim)
-                        os.kill(before, signal.SIGKILL)
-                        await asyncio.to_thread(restarted, run, victim, before)
-                    kills += 1
-            await asyncio.gather(*peers)
-            return kills
+            async with asyncio.timeout(240), asyncio.TaskGroup() as group:
+                for n in range(2):
+                    group.create_task(stubborn(run, folder, f"peer{n}", works, rounds))
+                killing = group.create_task(kill_at_random(run, chance, rounds))
+            return killing.result()
 
-        kills = asyncio.run(asyncio.wait_for(story(), 240))
+        kills = asyncio.run(story())
         assert kills >= 3
         until(lambda: round_state(run, rounds) is RoundState.PUBLISHED, 30, "the end")
         merged = [entry.claim for k in range(1, rounds + 1) for entry in manifest(run, k).merged]
