@@ -11,8 +11,13 @@ from typing import Final
 from mmdit.config import MMDiTConfig
 
 
-def of_depth(depth: int) -> MMDiTConfig:
-    """Return Stable Diffusion 3's transformer of a depth (arXiv 2403.03206, section 5.3)."""
+def of_depth(depth: int, *, dual: int = 0) -> MMDiTConfig:
+    """Return Stable Diffusion 3's transformer of a depth (arXiv 2403.03206, section 5.3).
+
+    Args:
+        depth: layers, and heads of width 64.
+        dual: so many first layers have a second, image-only attention, as in Stable Diffusion 3.5 medium.
+    """
     return MMDiTConfig(
         sample_size=32,  # 256 x 256 pixels through an 8-fold autoencoder
         patch_size=2,
@@ -28,7 +33,7 @@ def of_depth(depth: int) -> MMDiTConfig:
         # would add 226 MB to every published d24 checkpoint.
         pos_embed_max_size=48,
         qk_norm="rms_norm",
-        dual_attention_layers=(),
+        dual_attention_layers=tuple(range(dual)),
     )
 
 
@@ -73,6 +78,9 @@ PRESETS: Final[Mapping[str, MMDiTConfig]] = MappingProxyType(
         "d15": of_depth(15),
         "d18": of_depth(18),
         "d24": of_depth(24),
+        "d24-dual": of_depth(24, dual=13),
+        "d30": of_depth(30),
+        "d38": of_depth(38),
         "digits": _DIGITS,
         "rgb32": _RGB32,
     }

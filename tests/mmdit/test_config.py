@@ -78,7 +78,10 @@ def _parameters(config: MMDiTConfig) -> int:
     return total
 
 
-@pytest.mark.parametrize(("name", "billions"), [("d12", 0.255), ("d15", 0.496), ("d18", 0.856), ("d24", 2.028)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("d12", 0.255), ("d15", 0.496), ("d18", 0.856), ("d24", 2.028), ("d30", 3.962), ("d38", 8.057)],
+)
 def test_presets_have_the_published_size_and_keep_comfyuis_rule(name: str, billions: float) -> None:
     config = PRESETS[name]
     assert round(_parameters(config) / 1e9, 3) == billions
@@ -87,7 +90,7 @@ def test_presets_have_the_published_size_and_keep_comfyuis_rule(name: str, billi
 
 
 def test_stable_diffusion_3_5_medium_has_its_published_size() -> None:
-    medium = replace(PRESETS["d24"], dual_attention_layers=tuple(range(13)), sample_size=128, pos_embed_max_size=384)
+    medium = replace(PRESETS["d24-dual"], sample_size=128, pos_embed_max_size=384)
     assert round(_parameters(medium) / 1e9, 3) == 2.243
 
 
