@@ -6,7 +6,7 @@ import json
 import socket
 from typing import Any
 
-from protocol.errors import ERRORS_BY_CODE, Bug
+from protocol.errors import ERRORS_BY_CODE, Bug, CoordinatorRestarting
 
 
 class SettlerClient:
@@ -17,6 +17,7 @@ class SettlerClient:
         self._writer = writer
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._gone = False
 
     @classmethod
     async def connect(cls, connection: socket.socket) -> "SettlerClient":
@@ -25,6 +26,20 @@ class SettlerClient:
 
     async def listen(self) -> None:
         """Hand out results as they come; raise `Bug` when the settler is gone."""
+        try:
+            await self._listen()
+        except ConnectionError:
+            pass
+        finally:
+            self._gone = True
+            self._writer.close()
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(CoordinatorRestarting())
+            self._waiting.clear()
+        raise Bug(private="the settler process is gone")
+
+    async def _listen(self) -> None:
         while line := await self._reader.readline():
             answer = json.loads(line)
             future = self._waiting.pop(answer["id"], None)
@@ -36,13 +51,23 @@ class SettlerClient:
             else:
                 kind = ERRORS_BY_CODE.get(error["code"], Bug)
                 future.set_exception(kind(error["message"], private=json.dumps(error)))
-        raise Bug(private="the settler process is gone")
 
     async def call(self, kind: str, **job: Any) -> dict[str, Any]:
-        """Run one job; raises what the job raised."""
+        """Run one job.
+
+        Raises:
+            CommonweightError: what the job raised.
+            CoordinatorRestarting: the settler has ended, before or meanwhile; the supervisor starts everything anew.
+        """
+        if self._gone:
+            raise CoordinatorRestarting
         number = next(self._numbers)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        self._writer.write(json.dumps({"id": number, "kind": kind, **job}).encode() + b"\n")
-        await self._writer.drain()
+        try:
+            self._writer.write(json.dumps({"id": number, "kind": kind, **job}).encode() + b"\n")
+            await self._writer.drain()
+        except ConnectionError:
+            self._waiting.pop(number, None)
+            raise CoordinatorRestarting from None
         return await future

@@ -349,6 +349,12 @@ class RateLimited(TryLater):
     status = "RESOURCE_EXHAUSTED"
 
 
+class CoordinatorRestarting(TryLater):
+    """A part of the coordinator has ended and is being started again; nothing is lost, ask again in some seconds."""
+
+    code = "COORDINATOR_RESTARTING"
+
+
 class CoordinatorDiskFull(TryLater):
     """The coordinator is short of disk space and takes no uploads now; keep the delta and send it later."""
 
