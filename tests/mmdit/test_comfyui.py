@@ -64,7 +64,7 @@ def test_a_missing_and_an_unknown_tensor_are_named() -> None:
     name = PREFIX + "final_layer.linear.bias"
     with pytest.raises(ValueError, match=r"^final_layer\.linear\.bias is missing"):
         from_single_file({key: value for key, value in single.items() if key != name}, SMALL)
-    with pytest.raises(ValueError, match="^extra is no tensor of this model"):
+    with pytest.raises(ValueError, match=r"^extra is no tensor of this model"):
         from_single_file(single | {PREFIX + "extra": torch.zeros(1)}, SMALL)
     with pytest.raises(ValueError, match="is missing"):
         to_single_file({}, SMALL)
