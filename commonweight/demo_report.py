@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from commonweight.digits import NAMES, Split, caption, load_digits
-from commonweight.drawing import draw
+from commonweight.drawing import Drawing, draw
 from mmdit.export import load_checkpoint
 from mmdit.space import ByteImages
 from protocol import layout
@@ -41,7 +41,7 @@ class Score:
 def generate(checkpoint: Path, *, seed: int) -> ByteImages:
     """Return PER_DIGIT pictures of each digit, digit by digit: uint8 [200, 8, 8, 1]."""
     captions = [caption(digit) for digit in range(len(NAMES)) for _ in range(PER_DIGIT)]
-    return draw(load_checkpoint(checkpoint), captions, seed=seed)
+    return draw(load_checkpoint(checkpoint), captions, Drawing(seed=seed))
 
 
 def score(pictures: ByteImages) -> Score:

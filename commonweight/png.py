@@ -2,6 +2,8 @@
 
 import struct
 import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -13,8 +15,12 @@ _GREY, _RGB = 0, 2
 _COLOUR_TYPES: Final = {1: _GREY, 3: _RGB}
 
 
-def png_bytes(picture_HWC: ByteImages) -> bytes:
+def png_bytes(picture_HWC: ByteImages, texts: Mapping[str, str] = MappingProxyType({})) -> bytes:
     """Return a picture [height, width, 1 or 3], uint8, as the bytes of a PNG file (ISO/IEC 15948).
+
+    Args:
+        picture_HWC: the pixels.
+        texts: what the file says about itself, by keyword (ASCII, 1 to 79 characters).
 
     Raises:
         ValueError: another shape or dtype.
@@ -27,7 +33,13 @@ def png_bytes(picture_HWC: ByteImages) -> bytes:
     rows[:, 1:] = picture_HWC.reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
     data = zlib.compress(rows.tobytes(), 9)
-    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
+    said = b"".join(_chunk(b"iTXt", _text(keyword, text)) for keyword, text in texts.items())
+    return _SIGNATURE + _chunk(b"IHDR", header) + said + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
+
+
+def _text(keyword: str, text: str) -> bytes:
+    """Keyword, not compressed, no language, no translated keyword, text."""
+    return keyword.encode("ascii") + b"\0\0\0\0\0" + text.replace("\0", "").encode("utf-8")
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

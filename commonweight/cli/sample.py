@@ -1,9 +1,11 @@
-"""`commonweight sample`: a picture from a checkpoint."""
+"""`commonweight sample`: pictures from a checkpoint."""
 
 import math
+import re
+import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -13,7 +15,13 @@ from protocol.printing import printable
 from worker.durable import trouble_with
 
 if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
+    from commonweight.drawing import Drawing
+    from mmdit.export import Loaded
+    from mmdit.sample import Guidance
     from mmdit.space import ByteImages
+
+_SIZE: Final = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+_MOST_PICTURES: Final = 1000
 
 
 class Device(StrEnum):
@@ -32,66 +40,198 @@ def sample(
             help="A checkpoint directory, or a run's directory (its newest checkpoint).",
         ),
     ],
-    caption: Annotated[str, typer.Argument(metavar="CAPTION", help='What to draw, such as "a handwritten seven".')],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE.png", help="The picture's file.")],
+    captions: Annotated[
+        list[str],
+        typer.Argument(metavar="CAPTION...", help='What to draw, such as "a handwritten seven"; one or several.'),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="FILE.png|DIR",
+            help="A PNG file for all pictures side by side, or a directory for a file each.",
+        ),
+    ],
+    avoid: Annotated[str, typer.Option("--negative", help="A caption to lead away from.")] = "",
     seed: Annotated[int, typer.Option(help="Starting noise: the same seed starts from the same noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Euler steps.")] = 30,
     guidance: Annotated[
         float, typer.Option(min=0.0, max=100.0, help="How much the caption is exaggerated; 1 is not at all.")
     ] = 3.0,
-    count: Annotated[
-        int, typer.Option(min=1, max=100, help="Pictures, side by side in one file, each from noise of its own.")
-    ] = 1,
-    size: Annotated[
-        int | None,
-        typer.Option(min=1, max=2048, help="Height of each picture in pixels, by repeating pixels; default: as drawn."),
+    interval: Annotated[
+        str,
+        typer.Option(
+            metavar="LOW-HIGH",
+            help="Guide only at times in this interval, 1 being noise; 0.2-0.8 keeps strong guidance from glaring.",
+        ),
+    ] = "0-1",
+    guide: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Lead away from what an older checkpoint of the run would draw, instead of from no caption.",
+        ),
     ] = None,
+    count: Annotated[int, typer.Option(min=1, max=100, help="Pictures of each caption, each from other noise.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=1000, help="Pictures drawn at once; fewer need less memory.")] = 50,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Size to draw in, in pixels; default: what the model was made for."),
+    ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(metavar="PICTURE", help="A picture to start from instead of noise; it is fitted to the size."),
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="How much of --init is given up: 0 keeps it, 1 forgets it.")
+    ] = 0.6,
+    enlarge: Annotated[int, typer.Option(min=1, max=256, help="Repeat each pixel so many times across and down.")] = 1,
     device: Annotated[Device, typer.Option(help="What to compute with.")] = Device.AUTO,
 ) -> None:
-    """Draw a caption with a published checkpoint and write it as a PNG file."""
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"{out} does not end in .png, which is what would be written to it.")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"There is no directory {out.absolute().parent} to write {out.name} to.")
+    """Draw captions with a published checkpoint and write them as PNG, with what drew them in the file."""
+    _check_out(out)
+    if len(captions) * count > _MOST_PICTURES:
+        raise UsageError(f"{len(captions)} captions times {count} are more than {_MOST_PICTURES} pictures.")
+    if avoid and guide is not None:
+        raise UsageError("--negative and --guide are both something to lead away from; give one of them.")
     place = checkpoint_directory(checkpoint)
+    older = None if guide is None else checkpoint_directory(guide)
 
-    from commonweight.drawing import draw
-    from commonweight.png import png_bytes
-    from mmdit.export import load_checkpoint
+    from commonweight.drawing import Drawing, draw
     from worker.hardware import resolve_device
 
     target = resolve_device(device.value)
+    loaded = _load(place, target)
+    width, height = _sizes(size) or (loaded.space.width, loaded.space.height)
+    drawing = Drawing(
+        seed=seed,
+        steps=steps,
+        guidance=_guidance(guidance, interval),
+        avoid=avoid,
+        width=width,
+        height=height,
+        init=None if init is None else _read_picture(init, width, height, loaded.space.channels),
+        strength=strength,
+        batch=batch,
+    )
+    wanted = [caption for caption in captions for _ in range(count)]
+    began = time.monotonic()
     try:
-        loaded = load_checkpoint(place, device=target)
+        pictures = draw(loaded, wanted, drawing, guide=None if older is None else _load(older, target), device=target)
+    except ValueError as error:  # a caption that is no Unicode text, a size that does not fit
+        raise UsageError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
+    seconds = time.monotonic() - began
+    _write(out, pictures.repeat(enlarge, axis=1).repeat(enlarge, axis=2), wanted, drawing, place)
+    listed = ", ".join(repr(caption) for caption in captions[:3]) + (", …" if len(captions) > 3 else "")
+    number = "1 picture" if len(wanted) == 1 else f"{len(wanted)} pictures"
+    typer.echo(
+        printable(
+            f"{out}: {listed}, {number} of {width} x {height} pixels, seed {seed}, from {place}, "
+            f"in {seconds:.2f} s ({seconds / len(wanted):.2f} s each, {target})"
+        )
+    )
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() and out.suffix.lower() != ".png":
+        return
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"{out} neither ends in .png nor is a directory that exists; nothing else can be written to.")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"There is no directory {out.absolute().parent} to write {out.name} to.")
+
+
+def _load(place: Path, device: str) -> "Loaded":
+    from mmdit.export import load_checkpoint
+
+    try:
+        return load_checkpoint(place, device=device)
     except ValueError as error:
         raise CheckpointCorrupt(f"{place} is not a checkpoint that this version can draw with: {error}.") from None
-    try:
-        pictures = draw(loaded, [caption] * count, seed=seed, steps=steps, guidance=guidance, device=target)
-    except ValueError as error:  # a caption that is no Unicode text
-        raise UsageError(f"{error}.") from None
-    if size is not None:
-        pictures = _enlarged(pictures, size)
-    try:
-        encoded = png_bytes(_side_by_side(pictures))
-    except ValueError as error:
-        raise CheckpointCorrupt(f"{place} does not draw in grey or in colour: {error}.") from None
-    try:
-        out.write_bytes(encoded)
-    except OSError as error:
-        raise trouble_with(out, error) from None
-    pixels = f"{pictures.shape[2]} x {pictures.shape[1]}"
-    typer.echo(printable(f"{out}: {caption!r}, {count} of {pixels} pixels, seed {seed}, from {place}"))
 
 
-def _enlarged(pictures_NHWC: "ByteImages", height: int) -> "ByteImages":
-    """Repeat (or skip) pixels to the given height, keeping the proportions."""
+def _sizes(size: str | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    found = _SIZE.fullmatch(size)
+    if found is None:
+        raise UsageError(f"--size {size[:40]!r} is no width and height, such as 32x48.")
+    return int(found[1]), int(found[2])
+
+
+def _guidance(scale: float, interval: str) -> "Guidance":
+    from mmdit.sample import Guidance
+
+    low, _, high = interval.partition("-")
+    try:
+        return Guidance(scale=scale, low=float(low), high=float(high))
+    except ValueError:
+        raise UsageError(
+            f"--interval {interval[:40]!r} is no interval of times in 0..1, the lower one first, such as 0.2-0.8."
+        ) from None
+
+
+def _read_picture(path: Path, width: int, height: int, channels: int) -> "ByteImages":
+    """Read any picture, cut to the proportions and resized; uint8 [height, width, channels]."""
     import numpy as np
 
-    _, old_height, old_width, _ = pictures_NHWC.shape
-    width = max(1, height * old_width // old_height)
-    rows = np.arange(height) * old_height // height
-    columns = np.arange(width) * old_width // width
-    return pictures_NHWC[:, rows][:, :, columns]
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError:
+        raise UsageError("--init needs Pillow to read pictures; install commonweight[demo].") from None
+    try:
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise UsageError(f"--init {path} can't be read as a picture: {error}.") from None
+    except OSError as error:
+        raise UsageError(f"--init {path} can't be read: {error.strerror or error}.") from None
+    fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(fitted, dtype=np.uint8).reshape(height, width, channels)
+
+
+def _write(out: Path, pictures: "ByteImages", captions: list[str], drawing: "Drawing", place: Path) -> None:
+    from commonweight.png import png_bytes
+
+    try:
+        if out.suffix.lower() == ".png":
+            files = {out: png_bytes(_side_by_side(pictures), _said(captions, drawing, place))}
+        else:
+            files = {
+                out / f"{number:04d}.png": png_bytes(picture, _said([caption], drawing, place, number))
+                for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True))
+            }
+    except ValueError as error:
+        raise CheckpointCorrupt(f"{place} does not draw in grey or in colour: {error}.") from None
+    for path, content in files.items():
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise trouble_with(path, error) from None
+
+
+def _said(captions: list[str], drawing: "Drawing", place: Path, number: int | None = None) -> dict[str, str]:
+    """What a file says about itself, in the words that the programs of the field read ("parameters")."""
+    lines = [" | ".join(dict.fromkeys(captions))]
+    if drawing.avoid:
+        lines.append(f"Negative prompt: {drawing.avoid}")
+    facts = {
+        "Steps": drawing.steps,
+        "Sampler": "Euler",
+        "CFG scale": drawing.guidance.scale,
+        "Seed": drawing.seed,
+        "Size": f"{drawing.width}x{drawing.height}",
+        "Model": place.name,
+    }
+    if (drawing.guidance.low, drawing.guidance.high) != (0.0, 1.0):
+        facts["Guidance interval"] = f"{drawing.guidance.low:g}-{drawing.guidance.high:g}"
+    if drawing.init is not None:
+        facts["Denoising strength"] = drawing.strength
+    if number is not None:
+        facts["Noise"] = number
+    lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
+    return {"Software": "Commonweight", "parameters": "\n".join(lines)}
 
 
 def _side_by_side(pictures_NHWC: "ByteImages") -> "ByteImages":

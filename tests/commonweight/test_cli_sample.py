@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -12,6 +13,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from commonweight.cli.sample import sample
+from commonweight.png import png_bytes
 from protocol import layout
 from protocol.errors import CheckpointCorrupt, CommonweightError, DeviceUnavailable, DiskFull, LocalProblem, UsageError
 
@@ -40,8 +42,9 @@ def _drawn(out: Path, *arguments: object) -> npt.NDArray[np.uint8]:
     assert result.exit_code == 0, result.output
     raw = out.read_bytes()
     width, height = struct.unpack_from(">II", raw, 16)
-    (length,) = struct.unpack_from(">I", raw, 33)
-    rows = np.frombuffer(zlib.decompress(raw[41 : 41 + length]), dtype=np.uint8)
+    start = raw.index(b"IDAT")
+    (length,) = struct.unpack_from(">I", raw, start - 4)
+    rows = np.frombuffer(zlib.decompress(raw[start + 4 : start + 4 + length]), dtype=np.uint8)
     return rows.reshape(height, 1 + width)[:, 1:]
 
 
@@ -50,7 +53,9 @@ def test_a_picture_comes_out_of_a_checkpoint(run_directory: Path, tmp_path: Path
     place = _checkpoint(run_directory, 2)
     result = _invoke(place, CAPTION, "-o", out, "--steps", "2")
     assert result.exit_code == 0, result.output
-    assert result.output == f"{out}: 'a light square', 1 of 4 x 4 pixels, seed 0, from {place}\n"
+    told = f"{out}: 'a light square', 1 picture of 4 x 4 pixels, seed 0, from {place}, in "
+    assert result.output.startswith(told)
+    assert re.fullmatch(r"\d+\.\d\d s \(\d+\.\d\d s each, cpu\)\n", result.output.removeprefix(told))
     assert [path.name for path in tmp_path.iterdir()] == ["light.png"]
 
 
@@ -77,7 +82,7 @@ def test_a_run_stands_for_its_newest_checkpoint(run_directory: Path, tmp_path: P
     newest = _drawn(tmp_path / "1.png", _checkpoint(run_directory, 2), CAPTION)
     assert np.array_equal(_drawn(tmp_path / "2.png", run_directory / inside, CAPTION), newest)
     result = _invoke(run_directory / inside, CAPTION, "-o", tmp_path / "3.png", "--steps", "1")
-    assert result.output.rstrip().endswith("checkpoints/000002")
+    assert "checkpoints/000002, in " in result.output
 
 
 def test_a_checkpoint_that_is_being_published_is_not_the_newest_yet(run_directory: Path, tmp_path: Path) -> None:
@@ -85,7 +90,7 @@ def test_a_checkpoint_that_is_being_published_is_not_the_newest_yet(run_director
     (copy / layout.checkpoint_directory(2) / layout.MANIFEST).unlink()
     (copy / "checkpoints" / ".making-000003").mkdir()
     result = _invoke(copy, CAPTION, "-o", tmp_path / "1.png", "--steps", "1")
-    assert result.output.rstrip().endswith("checkpoints/000001")
+    assert "checkpoints/000001, in " in result.output
 
 
 def test_several_pictures_come_side_by_side_and_the_first_is_the_single_one(
@@ -101,21 +106,74 @@ def test_several_pictures_come_side_by_side_and_the_first_is_the_single_one(
     assert not sheet[4:, 8:].any(), "the place that no picture takes is black"
 
 
-def test_a_size_repeats_pixels(run_directory: Path, tmp_path: Path) -> None:
+def test_enlarging_repeats_pixels(run_directory: Path, tmp_path: Path) -> None:
     place = _checkpoint(run_directory, 2)
     small = _drawn(tmp_path / "1.png", place, CAPTION)
-    large = _drawn(tmp_path / "2.png", place, CAPTION, "--size", "32")
+    large = _drawn(tmp_path / "2.png", place, CAPTION, "--enlarge", "8")
     assert np.array_equal(large, small.repeat(8, axis=0).repeat(8, axis=1))
-    odd = _drawn(tmp_path / "3.png", place, CAPTION, "--size", "10")
-    assert odd.shape == (10, 10)
-    assert set(np.unique(odd)) == set(np.unique(small))
+
+
+def test_pictures_can_have_another_size_that_the_model_can_draw(run_directory: Path, tmp_path: Path) -> None:
+    place = _checkpoint(run_directory, 2)
+    assert _drawn(tmp_path / "1.png", place, CAPTION, "--size", "4x2").shape == (2, 4)
+    for size, words in (("4x3", "multiple of 2"), ("400x4", "at most 4"), ("4", "no width and height")):
+        error = _refusal(place, CAPTION, "-o", tmp_path / "2.png", "--size", size)
+        assert isinstance(error, UsageError)
+        assert words in error.message
+
+
+def test_a_directory_gets_a_file_for_each_caption_that_says_what_it_is(run_directory: Path, tmp_path: Path) -> None:
+    place = _checkpoint(run_directory, 2)
+    more = ("--count", "2", "--steps", "1", "--negative", "blurred", "--interval", "0.2-0.8", "--seed", "7")
+    result = _invoke(place, "light", "dark", "-o", tmp_path, *more)
+    assert result.exit_code == 0, result.output
+    assert "'light', 'dark', 4 pictures of 4 x 4 pixels" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"000{number}.png" for number in range(4)]
+    said = (tmp_path / "0002.png").read_bytes()
+    for words in (
+        b"parameters\0\0\0\0\0dark\nNegative prompt: blurred\nSteps: 1, Sampler: Euler, CFG scale: 3.0, Seed: 7",
+        b"Size: 4x4, Model: 000002, Guidance interval: 0.2-0.8, Noise: 2",
+    ):
+        assert words in said
+
+
+def test_what_is_to_be_avoided_changes_the_picture(run_directory: Path, tmp_path: Path) -> None:
+    place, older = _checkpoint(run_directory, 2), _checkpoint(run_directory, 1)
+    plain, avoiding, guided = (
+        _drawn(tmp_path / f"{number}.png", place, CAPTION, "--guidance", "50", *more)
+        for number, more in enumerate(((), ("--negative", "dark"), ("--guide", older)))
+    )
+    assert not np.array_equal(plain, avoiding)
+    assert not np.array_equal(plain, guided)
+    both = _refusal(place, CAPTION, "-o", tmp_path / "4.png", "--negative", "dark", "--guide", older)
+    assert "give one of them" in both.message
+    wrong = _refusal(place, CAPTION, "-o", tmp_path / "4.png", "--interval", "0.9-0.1")
+    assert "the lower one first" in wrong.message
+
+
+def test_a_picture_to_start_from_is_kept_as_far_as_its_strength_says(run_directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PIL.Image", reason="pillow comes with the demo extra")
+    place = _checkpoint(run_directory, 2)
+    start = np.linspace(0, 255, 16, dtype=np.uint8).reshape(4, 4, 1)
+    (tmp_path / "start.png").write_bytes(png_bytes(start))
+    kept, changed, forgotten = (
+        _drawn(tmp_path / f"{number}.png", place, CAPTION, "--init", tmp_path / "start.png", "--strength", strength)
+        for number, strength in enumerate(("0", "0.7", "1"))
+    )
+    assert np.array_equal(kept, start[:, :, 0])
+    assert not np.array_equal(changed, kept)
+    assert np.array_equal(forgotten, _drawn(tmp_path / "plain.png", place, CAPTION))
+    (tmp_path / "start.png").write_bytes(b"no picture")
+    error = _refusal(place, CAPTION, "-o", tmp_path / "1.png", "--init", tmp_path / "start.png")
+    assert isinstance(error, UsageError)
+    assert "can't be read as a picture" in error.message
 
 
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_drawn(run_directory: Path, tmp_path: Path) -> None:
     place = _checkpoint(run_directory, 1)
     jpeg = _refusal(place, CAPTION, "-o", tmp_path / "light.jpg")
     assert isinstance(jpeg, UsageError)
-    assert "does not end in .png" in jpeg.message
+    assert "neither ends in .png nor is a directory" in jpeg.message
     nowhere = _refusal(place, CAPTION, "-o", tmp_path / "nowhere" / "light.png")
     assert isinstance(nowhere, UsageError)
     assert "no directory" in nowhere.message
@@ -148,7 +206,7 @@ def test_a_device_that_is_not_there_is_said(run_directory: Path, tmp_path: Path)
 
 
 def test_options_out_of_range_are_mistakes_in_usage(run_directory: Path, tmp_path: Path) -> None:
-    for option in (("--steps", "0"), ("--count", "0"), ("--size", "0"), ("--guidance", "-1"), ("--device", "tpu")):
+    for option in (("--steps", "0"), ("--count", "0"), ("--enlarge", "0"), ("--guidance", "-1"), ("--device", "tpu")):
         result = _invoke(run_directory, CAPTION, "-o", tmp_path / "1.png", *option)
         assert result.exit_code == 2, option
         assert option[0] in result.output

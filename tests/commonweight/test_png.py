@@ -48,3 +48,10 @@ def test_another_reader_sees_the_same_pixels(channels: int, tmp_path_factory: py
 def test_what_a_png_cannot_hold_is_refused(picture: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> None:
     with pytest.raises(ValueError, match="a PNG holds uint8"):
         png_bytes(picture)
+
+
+def test_what_a_file_says_about_itself_comes_before_its_pixels_in_any_alphabet() -> None:
+    raw = png_bytes(np.zeros((1, 1, 1), dtype=np.uint8), {"parameters": "eine Sieben — 七\0\nSteps: 3"})
+    chunks = list(_chunks(raw))
+    assert [kind for kind, _ in chunks] == [b"IHDR", b"iTXt", b"IDAT", b"IEND"]
+    assert chunks[1][1] == b"parameters\0\0\0\0\0" + "eine Sieben — 七\nSteps: 3".encode()
