@@ -197,7 +197,7 @@ def small_run(
             else Codec(kind="dither", levels=levels, block=256, reach=1280, width=256)
         ),
         patch=Patch(kind="dead-zone", block=1024, threshold=256),
-        outer=OuterStep(lr=0.7, momentum=0.6),
+        outer=OuterStep(lr=0.7, momentum=0.6, ema_decay=0.0),
         rounds=_rounds(units, rounds),
         genesis_sha256=genesis_sha256,
         weights_licence="CC0-1.0",

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: generated digits with captions, the held-out loss by round, and a score.
+"""What the demo shows at its end: generated digits with captions, the validation loss by round, and a score.
 
 The score asks a classifier that never saw a generated picture: a support-vector machine, trained on the real training
 split only, and measured on the real held-out split beside it.
@@ -82,16 +82,16 @@ def draw_sheet(pictures: ByteImages, path: Path) -> None:
     sheet.save(path)
 
 
-def heldout_losses(public: Path) -> dict[int, float]:
-    """Return the held-out loss of every checkpoint that was measured."""
+def validation_losses(public: Path) -> dict[int, float]:
+    """Return the validation loss of every checkpoint that was measured."""
     losses = {}
     for path in sorted((public / Path(layout.metrics_path(0)).parent).glob("*.json")):
-        losses[int(path.stem)] = float(json.loads(path.read_bytes())["heldout_loss"])
+        losses[int(path.stem)] = float(json.loads(path.read_bytes())["validation_loss"])
     return losses
 
 
 def plot_losses(losses: dict[int, float], path: Path) -> None:
-    """Write a PNG with the held-out loss by round."""
+    """Write a PNG with the validation loss by round."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -88,7 +88,7 @@ class DemoState:
         for checkpoint in range(self.checkpoint + 1):
             path = public / layout.metrics_path(checkpoint)
             if checkpoint not in self.losses and path.exists():
-                self.losses[checkpoint] = float(json.loads(path.read_bytes())["heldout_loss"])
+                self.losses[checkpoint] = float(json.loads(path.read_bytes())["validation_loss"])
 
     @property
     def seconds_left(self) -> float | None:
@@ -111,18 +111,18 @@ class DemoState:
         return sum(person.bytes_down for person in self.people.values())
 
     @property
-    def heldout_loss(self) -> float | None:
-        """The newest held-out loss."""
+    def validation_loss(self) -> float | None:
+        """The newest validation loss."""
         return self.losses[max(self.losses)] if self.losses else None
 
     def headline(self) -> str:
         """Return the run in a line."""
-        heldout = self.heldout_loss
+        heldout = self.validation_loss
         left = self.seconds_left
         units = " ".join(str(person.units) for person in self.people.values())
         return (
             f"round {min(self.checkpoint + 1, self.rounds)}/{self.rounds}"
-            f" | held-out loss {'-' if heldout is None else f'{heldout:.4f}'}"
+            f" | validation loss {'-' if heldout is None else f'{heldout:.4f}'}"
             f" | units {units}"
             f" | up {self.bytes_up / 1e6:.1f} MB, down {self.bytes_down / 1e6:.1f} MB"
             f" | {'measuring the pace' if left is None else f'{left:.0f} s left'}"

@@ -390,6 +390,7 @@ class Control:
         blobs = [(entry, self._blobs.path(Digest(entry.blob_sha256))) for entry in merging.merge]
         answer = await self._settler.call(
             "merge",
+            checkpoint=number,
             base=str(publisher.directory(number - 1)),
             out=str(place),
             base_files=await asyncio.to_thread(self._publisher.state_files, number - 1),
@@ -425,16 +426,17 @@ class Control:
         task.add_done_callback(self._background.discard)
 
     async def _measure(self, checkpoint: int) -> None:
-        """Measure a checkpoint's held-out loss; a failure here costs a number, not the run."""
+        """Measure a checkpoint's validation loss; a failure here costs a number, not the run."""
         try:
+            directory = self._publisher.directory(checkpoint)
+            weights = {"validation_loss": directory / layout.WEIGHTS, "validation_loss_ema": directory / layout.EMA}
             answer = await self._settler.call(
                 "evaluate",
-                weights=str(self._publisher.directory(checkpoint) / layout.WEIGHTS),
+                weights={name: str(path) for name, path in weights.items() if path.exists()},
                 heldout=str(self._heldout),
             )
-            await asyncio.to_thread(
-                self._publisher.add_metrics, checkpoint, {"heldout_loss": float(answer["heldout_loss"])}
-            )
+            metrics = {name: float(loss) for name, loss in answer.items()}
+            await asyncio.to_thread(self._publisher.add_metrics, checkpoint, metrics)
         except Exception:
             logger.exception("measuring checkpoint %d failed", checkpoint, extra={"action": "measure_failed"})
 

@@ -316,7 +316,13 @@ def _check_distinct(config: RunConfig) -> None:
 def _write_genesis(checkpoint: Path, settings: Settings, seed: bytes) -> Digest:
     """Write checkpoint 0's model files; return the digest of its weights."""
     shape = settings.model_shape()
-    write_description(checkpoint, config=shape, conditioning=settings.conditioning(), space=settings.space())
+    write_description(
+        checkpoint,
+        config=shape,
+        conditioning=settings.conditioning(),
+        space=settings.space(),
+        ema=settings.outer.ema_decay > 0,
+    )
     return Digest(write_checkpoint(checkpoint / layout.WEIGHTS, initial_state(shape, seed)).sha256.hex())
 
 

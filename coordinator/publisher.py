@@ -17,7 +17,7 @@ from protocol.documents import Digest, FileEntry, Manifest, MergeEntry, StateEnt
 from protocol.keys import PrivateKey
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
 
-_CHANGING = frozenset({*layout.STATE, layout.PATCH, layout.MANIFEST})
+_CHANGING = frozenset({*layout.STATE_ROLES, layout.PATCH, layout.MANIFEST})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

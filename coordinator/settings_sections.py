@@ -188,6 +188,13 @@ class OuterSettings(_Section):
         lt=1,
         description="Outer momentum. 0.8 is better if no work is late; 0.9 overshoots in runs of some tens of rounds.",
     )
+    ema_decay: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Decay of the running average of the checkpoints, which is published beside them and drawn with: "
+        "0.9 looks back over about ten rounds; 0 keeps none.",
+    )
 
 
 class RoundsSettings(_Section):

@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from coordinator.weighing import weigh
+from diloco.average import average_round, average_share
 from diloco.container import Container, largest_container
 from diloco.merge import MergeFiles, MergeInput, OuterState, UnmergeInput, merge_round
 from diloco.sketch import sketch
@@ -33,8 +34,8 @@ from verify.replay import codec_config, conditioning_config, delta_schema, merge
 
 logger = logging.getLogger(__name__)
 
-HELDOUT_TRIPLES: Final = 512
-HELDOUT_BATCH: Final = 64
+VALIDATION_TRIPLES: Final = 511
+VALIDATION_BATCH: Final = 64
 
 Job = dict[str, Any]
 
@@ -138,7 +139,18 @@ def merge(config: RunConfig, job: Job) -> Job:
         )
     ]
     files.append(FileEntry(path=layout.PATCH, sha256=file_sha256(patch), size=patch.stat().st_size))
+    if config.outer.ema_decay:
+        files.append(_average(config, base, out, job["checkpoint"]))
     return {"files": [asdict(entry) for entry in files]}
+
+
+def _average(config: RunConfig, base: Path, out: Path, checkpoint: int) -> FileEntry:
+    target = out / layout.EMA
+    target.parent.mkdir(parents=True, exist_ok=True)
+    before = base / (layout.EMA if checkpoint > 1 else layout.WEIGHTS)
+    share = average_share(config.outer.ema_decay, checkpoint)
+    digest = average_round(before, out / layout.WEIGHTS, target, share)
+    return FileEntry(path=layout.EMA, sha256=digest.sha256.hex(), size=digest.size)
 
 
 def _checked(path: Path, config: RunConfig, entry: Job) -> Container:
@@ -159,25 +171,28 @@ def _checked(path: Path, config: RunConfig, entry: Job) -> Container:
 
 
 def evaluate(config: RunConfig, job: Job) -> Job:
-    """Return the held-out loss of a checkpoint's weights."""
+    """Return the validation loss of a checkpoint's weights, and of their running average if it is given."""
     import torch
 
     from diloco.checkpoint import TensorFile
-    from diloco.evaluate import heldout_loss
+    from diloco.evaluate import validation_loss
     from diloco.shards import Shard, ShardSet
 
     torch.set_num_threads(1)
-    loss = heldout_loss(
-        model_config(config),
-        TensorFile.open(Path(job["weights"])).load(),
-        ShardSet([Shard.open(Path(job["heldout"]))]),
-        bytes.fromhex(config.seed),
-        count=HELDOUT_TRIPLES,
-        batch=HELDOUT_BATCH,
-        max_tokens=conditioning_config(config).max_tokens,
-        device="cpu",
-    )
-    return {"heldout_loss": loss}
+    shards = ShardSet([Shard.open(Path(job["heldout"]))])
+    return {
+        name: validation_loss(
+            model_config(config),
+            TensorFile.open(Path(path)).load(),
+            shards,
+            bytes.fromhex(config.seed),
+            count=VALIDATION_TRIPLES,
+            batch=VALIDATION_BATCH,
+            max_tokens=conditioning_config(config).max_tokens,
+            device="cpu",
+        )
+        for name, path in job["weights"].items()
+    }
 
 
 class Settler:

@@ -86,7 +86,7 @@ def run_config(
             block=settings.patch.block,
             threshold=round(settings.patch.threshold * CODEC_UNIT),
         ),
-        outer=OuterStep(lr=outer.lr, momentum=outer.momentum),
+        outer=OuterStep(lr=outer.lr, momentum=outer.momentum, ema_decay=outer.ema_decay),
         rounds=_rounds(settings),
         genesis_sha256=genesis_sha256,
         weights_licence=settings.run.weights_licence,
@@ -161,6 +161,7 @@ def _as_written(config: RunConfig) -> dict[str, Any]:
         "patch.threshold": config.patch.threshold / CODEC_UNIT,
         "outer.lr": config.outer.lr,
         "outer.momentum": config.outer.momentum,
+        "outer.ema_decay": config.outer.ema_decay,
         **{f"rounds.{name}": value for name, value in rounds.items()},
         **{f"verification.{name}": value for name, value in verification.items()},
     }

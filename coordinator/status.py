@@ -46,7 +46,7 @@ class RunStatus:
     join: str | None
     planned_rounds: int
     checkpoint: int
-    heldout_loss: float | None
+    validation_loss: float | None
     round: int | None
     round_state: str | None
     units: Mapping[str, int]
@@ -61,7 +61,7 @@ class RunStatus:
 
     def lines(self) -> tuple[str, ...]:
         """Return the status as lines for a person."""
-        loss = "" if self.heldout_loss is None else f", held-out loss {self.heldout_loss:.4f}"
+        loss = "" if self.validation_loss is None else f", validation loss {self.validation_loss:.4f}"
         lines = [
             f"run: {printable(self.name)} ({self.run[:12]})",
             f"served: {self.join}" if self.join else "served: no",
@@ -118,7 +118,7 @@ def read_status(directory: RunDirectory) -> RunStatus:
         join=_join(directory),
         planned_rounds=trust.config.rounds.planned,
         checkpoint=checkpoint,
-        heldout_loss=_heldout_loss(directory, checkpoint),
+        validation_loss=_validation_loss(directory, checkpoint),
         round=current.round if current else None,
         round_state=_name(current.state) if current else None,
         units={_name(state): count for state, count in counts.items()},
@@ -138,10 +138,10 @@ def _newest_checkpoint(directory: RunDirectory) -> int:
     return max((int(manifest.parent.name) for manifest in folders), default=0)
 
 
-def _heldout_loss(directory: RunDirectory, checkpoint: int) -> float | None:
+def _validation_loss(directory: RunDirectory, checkpoint: int) -> float | None:
     try:
         raw = read_plain(directory.public / layout.metrics_path(checkpoint), _MOST_BYTES)
-        return float(parse_json(raw)["heldout_loss"])
+        return float(parse_json(raw)["validation_loss"])
     except (OSError, PayloadInvalid, ValueError, OverflowError, KeyError, TypeError):
         return None  # not measured yet
 

@@ -2,6 +2,7 @@
 
 transformer/config.json                             for SD3Transformer2DModel
 transformer/diffusion_pytorch_model.safetensors     written elsewhere: its bytes are canonical
+ema/config.json, ema/diffusion_pytorch_model.safetensors   the same for the running average, if there is one
 scheduler/scheduler_config.json                     for FlowMatchEulerDiscreteScheduler
 commonweight.json                                   how captions and pictures become numbers
 """
@@ -28,6 +29,8 @@ from mmdit.transformer import MMDiT
 
 CONFIG_PATH: Final = Path("transformer", "config.json")
 WEIGHTS_PATH: Final = Path("transformer", "diffusion_pytorch_model.safetensors")
+EMA_CONFIG_PATH: Final = Path("ema", "config.json")
+EMA_PATH: Final = Path("ema", "diffusion_pytorch_model.safetensors")
 SCHEDULER_PATH: Final = Path("scheduler", "scheduler_config.json")
 DESCRIPTION_PATH: Final = Path("commonweight.json")
 
@@ -54,6 +57,7 @@ def write_description(
     conditioning: ConditioningConfig,
     space: PixelSpace,
     shift: float = 1.0,
+    ema: bool = False,
 ) -> None:
     """Write everything of a checkpoint directory but the weights. The same arguments give the same bytes.
 
@@ -63,6 +67,7 @@ def write_description(
         conditioning: the text encoder; its widths must be the model's.
         space: what latents mean; its channels must be the model's.
         shift: the timestep shift for sampling.
+        ema: whether the run keeps a running average of the weights.
 
     Raises:
         ValueError: model, conditioning and space do not fit each other; the message names both numbers.
@@ -81,6 +86,7 @@ def write_description(
     }
     for path, content in (
         (CONFIG_PATH, _readable_json(config.to_diffusers())),
+        *([(EMA_CONFIG_PATH, _readable_json(config.to_diffusers()))] if ema else []),
         (SCHEDULER_PATH, _readable_json(scheduler)),
         (DESCRIPTION_PATH, rfc8785.dumps(described)),
     ):
@@ -88,8 +94,13 @@ def write_description(
         (directory / path).write_bytes(content)
 
 
-def load_checkpoint(directory: Path, *, device: str = "cpu") -> Loaded:
+def load_checkpoint(directory: Path, *, device: str = "cpu", ema: bool | None = None) -> Loaded:
     """Read a checkpoint directory, strictly: every file, every key and every tensor as `write_description` has them.
+
+    Args:
+        directory: a checkpoint's.
+        device: where the weights go.
+        ema: whether to take the running average of the weights; None takes it if it is there.
 
     Raises:
         ValueError: a file is missing, unreadable, or does not fit the others; the message names the file.
@@ -99,7 +110,8 @@ def load_checkpoint(directory: Path, *, device: str = "cpu") -> Loaded:
     _check_fit(config, conditioning, space)
     shift = _from_file(directory / SCHEDULER_PATH, _read_shift)
     model = MMDiT(config, device="meta")
-    _load_weights(model, directory / WEIGHTS_PATH, device)
+    averaged = (directory / EMA_PATH).exists() if ema is None else ema
+    _load_weights(model, directory / (EMA_PATH if averaged else WEIGHTS_PATH), device)
     return Loaded(model=model.eval(), config=config, conditioning=conditioning, space=space, shift=shift)
 
 

@@ -239,10 +239,14 @@ class Patch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OuterStep:
-    """The outer SGD with Nesterov momentum (DiLoCo, arXiv 2311.08105, Algorithm 1)."""
+    """The outer SGD with Nesterov momentum (DiLoCo, arXiv 2311.08105, Algorithm 1).
+
+    `ema_decay` is that of the running average of the checkpoints; 0 keeps none.
+    """
 
     lr: Finite
     momentum: Finite
+    ema_decay: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,7 +309,7 @@ class RunConfig:
     """
 
     TYPE: ClassVar[str] = _media_type("run-config")
-    FORMAT: ClassVar[int] = 4
+    FORMAT: ClassVar[int] = 5
     name: ShortText
     numerics: Count
     verification: Verification

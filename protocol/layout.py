@@ -14,6 +14,8 @@ MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "transformer/diffusion_pytorch_model.safetensors"
 MOMENTUM: Final = "state/momentum.safetensors"
 RESIDUAL: Final = "state/residual.safetensors"
+EMA: Final = "ema/diffusion_pytorch_model.safetensors"
+"""The running average of the weights, if the run keeps one; with a config.json beside it, a model of its own."""
 PATCH: Final = "patch.safetensors.zst"
 """What leads from the weights of the checkpoint before to a checkpoint's own."""
 
@@ -21,11 +23,12 @@ ROLE_DELTA: Final = "delta"
 ROLE_WEIGHTS: Final = "weights"
 ROLE_MOMENTUM: Final = "momentum"
 ROLE_RESIDUAL: Final = "residual"
+ROLE_EMA: Final = "ema"
 
 
-STATE_ROLES: Final = {WEIGHTS: ROLE_WEIGHTS, MOMENTUM: ROLE_MOMENTUM, RESIDUAL: ROLE_RESIDUAL}
-STATE: Final = tuple(STATE_ROLES)
+STATE: Final = (WEIGHTS, MOMENTUM, RESIDUAL)
 """A round's whole state: what the next one starts from, each file as large as the model in fp32."""
+STATE_ROLES: Final = {WEIGHTS: ROLE_WEIGHTS, MOMENTUM: ROLE_MOMENTUM, RESIDUAL: ROLE_RESIDUAL, EMA: ROLE_EMA}
 
 
 def checkpoint_directory(checkpoint: int) -> str:
@@ -53,5 +56,5 @@ LOG_TAIL: Final = "log/tail.jsonl"
 
 
 def metrics_path(checkpoint: int) -> str:
-    """Return the path of a checkpoint's measurements (held-out loss); informative, not part of its identity."""
+    """Return the path of a checkpoint's measurements (validation loss); informative, not part of its identity."""
     return f"metrics/{checkpoint:06d}.json"

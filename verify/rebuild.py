@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diloco.average import average_round, average_share
+from diloco.checkpoint import FileDigest
 from diloco.container import Container
 from diloco.determinism import selftest
 from diloco.merge import MergeFiles, MergeInput, MergeResult, OuterState, UnmergeInput, merge_round
 from diloco.patch import open_patch
 from diloco.weigh import weigh_delta
-from mmdit.export import CONFIG_PATH, DESCRIPTION_PATH, SCHEDULER_PATH, write_description
+from mmdit.export import CONFIG_PATH, DESCRIPTION_PATH, EMA_CONFIG_PATH, SCHEDULER_PATH, write_description
 from protocol import layout
 from protocol.assignment import member_of
 from protocol.documents import Artifact, Digest, Manifest, MergeEntry, RunConfig, RunId, UnmergeEntry
@@ -125,7 +127,8 @@ def rebuild(
     out.mkdir(parents=True, exist_ok=True)
     state = _genesis(public, manifests[0], trust.config) if start == 0 else _published(public, manifests[start])
     weights_sha256 = _weights_sha256(manifests[start])
-    rounds = _Rounds(public=public, out=out, config=trust.config, without=member)
+    ema = _average_before(public, manifests[start], trust.config, state)
+    rounds = _Rounds(public=public, out=out, config=trust.config, without=member, ema=ema)
     merged = 0
     for before, manifest in itertools.pairwise(manifests[start:]):
         check_log(public, before, manifest)
@@ -134,7 +137,7 @@ def rebuild(
         shutil.rmtree(_workplace(out, manifest.checkpoint - 1), ignore_errors=True)
         if on_round is not None:
             on_round(rebuilt)
-    _finish(out, manifests[-1], state, trust.config)
+    _finish(out, manifests[-1], state, trust.config, ema=rounds.ema)
     return RebuildReport(
         run=trust.run,
         checkpoint=manifests[-1].checkpoint,
@@ -209,7 +212,7 @@ def _published(public: Path, manifest: Manifest) -> OuterState:
     """Return a checkpoint's state as it was published, every byte as signed."""
     directory = public / layout.checkpoint_directory(manifest.checkpoint)
     paths = {}
-    for role in layout.STATE_ROLES.values():
+    for role in (layout.STATE_ROLES[path] for path in layout.STATE):
         entry = manifest.state_file(role)
         if entry is None:
             raise RebuildDiffers(f"Checkpoint {manifest.checkpoint} was published without its {role}.")
@@ -228,10 +231,26 @@ def _published(public: Path, manifest: Manifest) -> OuterState:
     )
 
 
+def _average_before(public: Path, manifest: Manifest, config: RunConfig, state: OuterState) -> Path | None:
+    """Return the running average that the next round moves, if the run keeps one."""
+    if not config.outer.ema_decay:
+        return None
+    if manifest.checkpoint == 0:
+        return state.weights
+    entry = manifest.state_file(layout.ROLE_EMA)
+    if entry is None:
+        raise RebuildDiffers(f"Checkpoint {manifest.checkpoint} was published without its running average.")
+    directory = public / layout.checkpoint_directory(manifest.checkpoint)
+    check_file(directory, entry)
+    return directory / entry.path
+
+
 class _Rounds:
     """Merges the rounds of a run one after another, and remembers with which weights."""
 
-    def __init__(self, *, public: Path, out: Path, config: RunConfig, without: Digest | None) -> None:
+    def __init__(self, *, public: Path, out: Path, config: RunConfig, without: Digest | None, ema: Path | None) -> None:
+        self.ema = ema
+        """The running average after the last round that was merged."""
         self._public = public
         self._out = out
         self._config = config
@@ -262,8 +281,9 @@ class _Rounds:
             made,
             unmerge=self._removals(manifest, containers),
         )
+        averaged = self._average(manifest.checkpoint, made.weights, place / "ema.safetensors")
         if self._without is None:
-            _compare(manifest, result)
+            _compare(manifest, result, averaged)
             self._compare_patch(manifest, state, made.patch)
         rebuilt = RebuiltRound(
             checkpoint=manifest.checkpoint,
@@ -277,6 +297,15 @@ class _Rounds:
             momentum=made.momentum,
             residual=made.residual,
         )
+
+    def _average(self, checkpoint: int, weights: Path, out: Path) -> FileDigest | None:
+        """Move the running average, if there is one, by one checkpoint."""
+        if self.ema is None:
+            return None
+        share = average_share(self._config.outer.ema_decay, checkpoint)
+        digest = average_round(self.ema, weights, out, share)
+        self.ema = out
+        return digest
 
     def _compare_patch(self, manifest: Manifest, state: OuterState, ours: Path) -> None:
         """A published patch must lead to the published weights, or volunteers could not follow."""
@@ -363,12 +392,14 @@ def _compare_weights(manifest: Manifest, weights: Sequence[int]) -> None:
             )
 
 
-def _compare(manifest: Manifest, result: MergeResult) -> None:
-    for role, rebuilt in (
-        (layout.ROLE_WEIGHTS, result.weights.sha256.hex()),
-        (layout.ROLE_MOMENTUM, result.momentum.sha256.hex()),
-        (layout.ROLE_RESIDUAL, result.residual.sha256.hex()),
+def _compare(manifest: Manifest, result: MergeResult, averaged: FileDigest | None) -> None:
+    for role, digest in (
+        (layout.ROLE_WEIGHTS, result.weights),
+        (layout.ROLE_MOMENTUM, result.momentum),
+        (layout.ROLE_RESIDUAL, result.residual),
+        (layout.ROLE_EMA, averaged),
     ):
+        rebuilt = digest.sha256.hex() if digest else "none"
         entry = manifest.state_file(role)
         published = entry.sha256 if entry else "none"
         if published != rebuilt:
@@ -378,16 +409,20 @@ def _compare(manifest: Manifest, result: MergeResult) -> None:
             )
 
 
-def _finish(out: Path, manifest: Manifest, state: OuterState, config: RunConfig) -> None:
+def _finish(out: Path, manifest: Manifest, state: OuterState, config: RunConfig, *, ema: Path | None) -> None:
     """Put the newest state where a checkpoint has it, and compare the files that describe it too."""
     try:
         write_description(
-            out, config=model_config(config), conditioning=conditioning_config(config), space=pixel_space(config)
+            out,
+            config=model_config(config),
+            conditioning=conditioning_config(config),
+            space=pixel_space(config),
+            ema=ema is not None,
         )
     except ValueError as error:
         raise PayloadInvalid(f"RunConfig: {error}.") from None
     published = {entry.path: entry.sha256 for entry in manifest.files}
-    for path in (CONFIG_PATH, SCHEDULER_PATH, DESCRIPTION_PATH):
+    for path in (CONFIG_PATH, SCHEDULER_PATH, DESCRIPTION_PATH, *([EMA_CONFIG_PATH] if ema else [])):
         if published.get(path.as_posix()) != file_sha256(out / path):
             raise RebuildDiffers(f"Checkpoint {manifest.checkpoint} has another {path} than the run config gives.")
     if state.momentum is None:
@@ -395,7 +430,10 @@ def _finish(out: Path, manifest: Manifest, state: OuterState, config: RunConfig)
         return
     (out / layout.MOMENTUM).parent.mkdir(exist_ok=True)
     assert state.residual is not None  # it goes with the momentum
-    for made, name in zip((state.weights, state.momentum, state.residual), layout.STATE, strict=True):
+    made_files = dict(zip(layout.STATE, (state.weights, state.momentum, state.residual), strict=True))
+    if ema is not None:
+        made_files[layout.EMA] = ema
+    for name, made in made_files.items():
         if made.is_relative_to(out):
             made.replace(out / name)
         else:

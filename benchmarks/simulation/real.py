@@ -25,7 +25,8 @@ from diloco.checkpoint import TensorFile, write_checkpoint
 from diloco.codec import EncodedDelta, encode
 from diloco.container import Container, write_container
 from diloco.determinism import set_precision
-from diloco.shards import ShardSet
+from diloco.evaluate import heldout_loss
+from diloco.shards import Shard, ShardSet
 from diloco.sketch import sketch
 from diloco.tables import Floats
 from diloco.unit import run_unit
@@ -36,7 +37,7 @@ from protocol.documents import Artifact, Digest, Verification
 from verify.admission import file_sha256
 from verify.attacks import ATTACKS, Delta, world_of
 from verify.compare import Comparison, compare
-from verify.replay import codec_config, delta_schema, model_config, unit_spec_of
+from verify.replay import codec_config, conditioning_config, delta_schema, model_config, unit_spec_of
 from verify.weights import Candidate, merge_weights, needs_sketches
 
 Weighting = Literal["mean", "geometric-median", "multi-krum", "nnm-clip"]
@@ -45,6 +46,8 @@ _KNOWN_AT_LEAST: Final = 3
 """An attacker who needs the honest mean trains units itself until it knows so many deltas of the round."""
 _SHARED_ROUNDS: Final = 3
 """Runs of one seed start alike; after a few rounds no two have the same base any more, and nothing is worth keeping."""
+_TRIPLES: Final = 512
+_TRIPLES_AT_ONCE: Final = 64
 _NEEDS_HISTORY: Final = frozenset({"stale"})
 
 
@@ -117,8 +120,16 @@ class RealPhysics:
 
     def _published(self, number: int, digest: Digest) -> None:
         self._base_digests[number] = digest
-        job = {"weights": str(self._checkpoint(number)), "heldout": str(self._heldout)}
-        self.losses[number] = float(settler.evaluate(self.config, job)["heldout_loss"])
+        self.losses[number] = heldout_loss(
+            model_config(self.config),
+            TensorFile.open(self._checkpoint(number)).load(),
+            ShardSet([Shard.open(self._heldout)]),
+            bytes.fromhex(self.config.seed),
+            count=_TRIPLES,
+            batch=_TRIPLES_AT_ONCE,
+            max_tokens=conditioning_config(self.config).max_tokens,
+            device="cpu",
+        )
         oldest = number - self.config.rounds.staleness_bound - 1
         self._bases = {kept: base for kept, base in self._bases.items() if kept >= oldest}
         self._raw = {task: delta for task, delta in self._raw.items() if task.round > oldest}

@@ -169,7 +169,7 @@ def delegate(
 def status(
     directory: Dir, as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False
 ) -> None:
-    """Say where the run stands: round, units, members, held-out loss. Works whether it is served or not."""
+    """Say where the run stands: round, units, members, validation loss. Works whether it is served or not."""
     from coordinator.directory import RunDirectory
     from coordinator.status import read_status
 

@@ -45,7 +45,7 @@ def demo(
 
     Everything is real: separate processes, TLS, signatures, a database, audits. One volunteer turns hostile; the end
     says what it tried, when it was caught, and how. Ends with a published checkpoint, a sheet of generated digits, a
-    plot of the held-out loss, and a score; exit code 1 if the score is below 90 %.
+    plot of the validation loss, and a score; exit code 1 if the score is below 90 %.
     """
     from commonweight.demo import DemoOptions, train
     from commonweight.demo_view import DemoView
@@ -106,9 +106,9 @@ def _report(run: "DemoRun", options: "DemoOptions") -> None:
     from commonweight import demo_story
 
     pictures = report.generate(run.checkpoint, seed=options.seed)
-    sheet, plot = options.folder / "digits.png", options.folder / "heldout_loss.png"
+    sheet, plot = options.folder / "digits.png", options.folder / "validation_loss.png"
     report.draw_sheet(pictures, sheet)
-    losses = report.heldout_losses(run.directory.public)
+    losses = report.validation_losses(run.directory.public)
     rules = run.directory.config().verification
     stories = [demo_story.tell(run.directory.public, hostile) for hostile in run.hostile]
     report.plot_losses(losses, plot)
@@ -119,7 +119,7 @@ def _report(run: "DemoRun", options: "DemoOptions") -> None:
         "checkpoint": str(run.checkpoint),
         "classifier_accuracy": score.classifier_accuracy,
         "generated": score.generated,
-        "heldout_loss": losses,
+        "validation_loss": losses,
         "hostile": [
             {
                 "attack": story.hostile.attack,
@@ -140,7 +140,7 @@ def _report(run: "DemoRun", options: "DemoOptions") -> None:
     for line in (
         f"checkpoint:    {_shown(run.checkpoint)}",
         f"digits drawn:  {_shown(sheet)}",
-        f"held-out loss: {_shown(plot)}",
+        f"validation loss: {_shown(plot)}",
         f"score:         {100 * score.share:.1f} % of {score.generated} generated digits are recognised ({target})",
         f"               the classifier recognises {100 * score.classifier_accuracy:.1f} % of the real held-out digits",
         *(line for story in stories for line in demo_story.sentences(story, rules)),

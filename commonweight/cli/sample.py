@@ -87,6 +87,9 @@ def sample(
         float, typer.Option(min=0.0, max=1.0, help="How much of --init is given up: 0 keeps it, 1 forgets it.")
     ] = 0.6,
     enlarge: Annotated[int, typer.Option(min=1, max=256, help="Repeat each pixel so many times across and down.")] = 1,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Draw with the weights themselves, not with their running average.")
+    ] = False,
     device: Annotated[Device, typer.Option(help="What to compute with.")] = Device.AUTO,
 ) -> None:
     """Draw captions with a published checkpoint and write them as PNG, with what drew them in the file."""
@@ -102,7 +105,8 @@ def sample(
     from worker.hardware import resolve_device
 
     target = resolve_device(device.value)
-    loaded = _load(place, target)
+    loaded = _load(place, target, raw=raw)
+    weaker = None if older is None else _load(older, target, raw=raw)
     width, height = _sizes(size) or (loaded.space.width, loaded.space.height)
     drawing = Drawing(
         seed=seed,
@@ -118,7 +122,7 @@ def sample(
     wanted = [caption for caption in captions for _ in range(count)]
     began = time.monotonic()
     try:
-        pictures = draw(loaded, wanted, drawing, guide=None if older is None else _load(older, target), device=target)
+        pictures = draw(loaded, wanted, drawing, guide=weaker, device=target)
     except ValueError as error:  # a caption that is no Unicode text, a size that does not fit
         raise UsageError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
     seconds = time.monotonic() - began
@@ -142,11 +146,11 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"There is no directory {out.absolute().parent} to write {out.name} to.")
 
 
-def _load(place: Path, device: str) -> "Loaded":
+def _load(place: Path, device: str, *, raw: bool) -> "Loaded":
     from mmdit.export import load_checkpoint
 
     try:
-        return load_checkpoint(place, device=device)
+        return load_checkpoint(place, device=device, ema=False if raw else None)
     except ValueError as error:
         raise CheckpointCorrupt(f"{place} is not a checkpoint that this version can draw with: {error}.") from None
 

@@ -151,6 +151,18 @@ def test_what_is_to_be_avoided_changes_the_picture(run_directory: Path, tmp_path
     assert "the lower one first" in wrong.message
 
 
+def test_the_running_average_draws_unless_the_weights_themselves_are_wanted(
+    run_directory: Path, tmp_path: Path
+) -> None:
+    place = _checkpoint(run_directory, 2)
+    averaged = _drawn(tmp_path / "1.png", place, CAPTION)
+    raw = _drawn(tmp_path / "2.png", place, CAPTION, "--raw")
+    assert not np.array_equal(averaged, raw)
+    copy = Path(shutil.copytree(place, tmp_path / "copy"))
+    (copy / layout.EMA).unlink()
+    assert np.array_equal(_drawn(tmp_path / "3.png", copy, CAPTION), raw)
+
+
 def test_a_picture_to_start_from_is_kept_as_far_as_its_strength_says(run_directory: Path, tmp_path: Path) -> None:
     pytest.importorskip("PIL.Image", reason="pillow comes with the demo extra")
     place = _checkpoint(run_directory, 2)
@@ -190,7 +202,7 @@ def test_a_directory_of_something_else_is_a_mistake_in_usage(tmp_path: Path) -> 
     assert "holds no published checkpoint" in _refusal(tmp_path, CAPTION, "-o", tmp_path / "light.png").message
 
 
-@pytest.mark.parametrize("name", ["transformer/config.json", "commonweight.json", layout.WEIGHTS])
+@pytest.mark.parametrize("name", ["transformer/config.json", "commonweight.json", layout.EMA])
 def test_a_damaged_checkpoint_is_named(run_directory: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(_checkpoint(run_directory, 2), tmp_path / "copy"))
     (copy / name).write_bytes(b"{")
@@ -218,10 +230,10 @@ def _spoiled(run_directory: Path, tmp_path: Path) -> Path:
 
 def test_weights_that_are_not_numbers_draw_no_picture(run_directory: Path, tmp_path: Path) -> None:
     place, out = _spoiled(run_directory, tmp_path), tmp_path / "out.png"
-    raw = bytearray((place / layout.WEIGHTS).read_bytes())
+    raw = bytearray((place / layout.EMA).read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
     raw[start:] = b"\xff" * (len(raw) - start)
-    (place / layout.WEIGHTS).write_bytes(raw)
+    (place / layout.EMA).write_bytes(raw)
     error = _refusal(place, CAPTION, "-o", out, "--steps", "1")
     assert isinstance(error, CheckpointCorrupt)
     assert "not finite" in error.message
@@ -229,7 +241,7 @@ def test_weights_that_are_not_numbers_draw_no_picture(run_directory: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", [layout.WEIGHTS, "commonweight.json", "transformer/config.json", "scheduler/scheduler_config.json"]
+    "name", [layout.EMA, "commonweight.json", "transformer/config.json", "scheduler/scheduler_config.json"]
 )
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(run_directory: Path, tmp_path: Path, name: str) -> None:
     place = _spoiled(run_directory, tmp_path)

@@ -31,7 +31,7 @@ def run(published: PublishedRun, tmp_path: Path) -> PublishedRun:
 
 
 def state_of(run: PublishedRun, number: int) -> set[str]:
-    return {path for path in layout.STATE if (run.checkpoint(number) / path).exists()}
+    return {path for path in layout.STATE_ROLES if (run.checkpoint(number) / path).exists()}
 
 
 def test_of_a_checkpoint_that_is_no_snapshot_all_but_the_state_stays(run: PublishedRun) -> None:
@@ -41,7 +41,7 @@ def test_of_a_checkpoint_that_is_no_snapshot_all_but_the_state_stays(run: Publis
         publisher.thin(1)
         assert state_of(run, 1) == set()
     left = {path for path in run.checkpoint(1).rglob("*") if path.is_file()}
-    assert others - left == {run.checkpoint(1) / path for path in layout.STATE}
+    assert others - left == {run.checkpoint(1) / path for path in layout.STATE_ROLES}
     assert run.checkpoint(1) / layout.PATCH in left
 
 
@@ -50,4 +50,4 @@ def test_a_snapshot_and_the_first_weights_stay_whole(run: PublishedRun) -> None:
     for number in (0, 2, 3):
         publisher.thin(number)
     assert state_of(run, 0) == {layout.WEIGHTS}
-    assert state_of(run, 2) == set(layout.STATE)
+    assert state_of(run, 2) == set(layout.STATE_ROLES)

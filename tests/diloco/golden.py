@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from diloco.average import average_round, average_share
 from diloco.checkpoint import write_checkpoint
 from diloco.codec import CodecConfig, encode
 from diloco.container import write_container
@@ -97,7 +98,10 @@ def _merge(directory: Path) -> dict[str, str]:
     )
     merged = merge_round(base_state, inputs, _rules(), _files(directory, "next"))
     patch = open_patch(directory / "next.patch", SCHEMA, PATCH, bytes(32))
+    share = average_share(0.9, 12)
+    averaged = average_round(directory / "base", directory / "next.weights", directory / "next.ema", share)
     return {
+        "merge.ema": averaged.sha256.hex(),
         "merge.weights": merged.weights.sha256.hex(),
         "merge.momentum": merged.momentum.sha256.hex(),
         "merge.residual": merged.residual.sha256.hex(),

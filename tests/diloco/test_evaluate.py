@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from diloco.evaluate import heldout_loss, heldout_losses
+from diloco.evaluate import heldout_loss, heldout_losses, validation_loss
 from diloco.genesis import initial_state
 from diloco.tables import Floats
 from diloco.unit import run_unit
@@ -40,3 +40,19 @@ def test_the_losses_of_single_triples_make_up_the_mean_and_rise_in_time() -> Non
     moments = [triple.t for triple in triples]
     assert moments == sorted(moments)
     assert 0.0 < moments[0] < 0.2 < 0.8 < moments[-1] < 1.0
+
+
+def validation(weights: dict[str, Floats], *, count: int = 49, batch: int = 16) -> float:
+    return validation_loss(TINY, weights, shard_set(), SEED, count=count, batch=batch, max_tokens=4, device="cpu")
+
+
+def test_the_validation_loss_is_the_same_each_time_and_falls_with_training() -> None:
+    delta = run_unit(UNIT, TINY, BASE, shard_set(), device="cpu", on_step=None).delta
+    trained = {name: values - delta.get(name, np.float32(0)) for name, values in BASE.items()}
+    assert validation(BASE) == validation(BASE) == pytest.approx(validation(BASE, batch=5), rel=1e-5)
+    assert validation(trained) < validation(BASE)
+
+
+def test_every_timestep_counts_alike_in_the_validation_loss() -> None:
+    with pytest.raises(ValueError, match="multiple of 7"):
+        validation(BASE, count=50)

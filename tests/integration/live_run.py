@@ -26,6 +26,7 @@ SMALL = (
     "rounds.shards_per_unit=1",
     "storage.reserve_mib=1",
     "verification.mode=none",
+    "outer.ema_decay=0.9",
 )
 """Settings of a run whose units train in a moment, and are taken as they come."""
 

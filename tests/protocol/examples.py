@@ -98,7 +98,7 @@ def run_config(*, shards: int = 5, shards_per_unit: int = 2, units: int = 4, pla
         ),
         codec=Codec(kind="dither", levels=7, block=256, reach=1280, width=256),
         patch=Patch(kind="dead-zone", block=1024, threshold=256),
-        outer=OuterStep(lr=0.7, momentum=0.9),
+        outer=OuterStep(lr=0.7, momentum=0.9, ema_decay=0.9),
         rounds=Rounds(
             planned=planned,
             units=units,

@@ -128,14 +128,14 @@ GOLDEN = {
     "OwnerRevocation": "4d6f00807a6db35e",
     "Endpoint": "8b84b4caeb8afd1e",
     "SessionProof": "fc816c6eddabd9b5",
-    "RunConfig": "b79e9ae09bc3cf81",
-    "Lease": "a6d0d74929aa5c83",
-    "Claim": "e715904a521f0336",
-    "ClaimReceipt": "23a5f9134dbd2b91",
-    "BytesReceipt": "3ba61fa8705b9762",
-    "Verdict": "8cc93724086291de",
-    "Opinion": "fe0c0f46a06afe57",
-    "Manifest": "d60488de2edeb1d2",
+    "RunConfig": "32330ce137d5648c",
+    "Lease": "54a35f4f19c0c2c3",
+    "Claim": "475119b07192e0c9",
+    "ClaimReceipt": "dc9535c7b03c3453",
+    "BytesReceipt": "3423ec35af36147c",
+    "Verdict": "8e2859cc596848df",
+    "Opinion": "e4e2d72e25ffbc6d",
+    "Manifest": "fc7a54c6a0adf5e6",
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from diloco import NUMERICS
+from diloco.average import average_round, average_share
 from diloco.checkpoint import TensorFile, write_checkpoint
 from diloco.container import Container, write_container
 from diloco.genesis import initial_state
@@ -153,7 +154,7 @@ def run_config(genesis_sha256: str, verification: Verification = REPLAY) -> RunC
         ),
         codec=Codec(kind="dither", levels=1, block=256, reach=704, width=128),
         patch=Patch(kind="dead-zone", block=1024, threshold=256),
-        outer=OuterStep(lr=0.7, momentum=0.9),
+        outer=OuterStep(lr=0.7, momentum=0.9, ema_decay=0.9),
         rounds=Rounds(
             planned=2,
             units=3,
@@ -297,6 +298,13 @@ def _merge(run: PublishedRun, number: int, merged: Sequence[MergeEntry], removed
             for entry in removed
         ],
     )
+    (place / layout.EMA).parent.mkdir(exist_ok=True)
+    average_round(
+        base / layout.EMA if number > 1 else weights,
+        place / layout.WEIGHTS,
+        place / layout.EMA,
+        average_share(run.config.outer.ema_decay, number),
+    )
 
 
 def _removal(entry: MergeEntry, checkpoint: int) -> UnmergeEntry:
@@ -376,7 +384,7 @@ def _manifest(
     run: PublishedRun, number: int, merged: tuple[MergeEntry, ...], removed: tuple[UnmergeEntry, ...]
 ) -> Manifest:
     place = run.checkpoint(number)
-    write_description(place, config=MODEL, conditioning=CONDITIONING, space=SPACE)
+    write_description(place, config=MODEL, conditioning=CONDITIONING, space=SPACE, ema=True)
     _write_papers(place, run.config)
     paths = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
     roles = layout.STATE_ROLES

@@ -51,7 +51,7 @@ def test_what_was_rebuilt_can_be_drawn_from_and_nothing_else_is_left(published: 
     assert load_checkpoint(report.directory).config.num_layers == 2
     left = {path.relative_to(report.directory).as_posix() for path in report.directory.rglob("*") if path.is_file()}
     assert left == {
-        *layout.STATE, "transformer/config.json", "scheduler/scheduler_config.json",
+        *layout.STATE_ROLES, "transformer/config.json", "ema/config.json", "scheduler/scheduler_config.json",
         "commonweight.json",
     }  # fmt: skip
 
