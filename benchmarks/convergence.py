@@ -3,8 +3,8 @@
 Every method trains the same model of 0.08 million parameters on the same pictures, none of which it sees twice, with a
 learning rate and an outer momentum of its own, tried out on the first seed. Each run is one file in
 `benchmarks/results/cells/convergence`, so that a long measurement can be broken off and taken up again. `--table star`
-varies the inner steps of a round and the number of volunteers around 30 and 8; `long` is 200 rounds of 100 steps of one seed;
-`states`, `outer` and `inner` are the choices behind this project's way.
+varies the inner steps of a round and the number of volunteers around 30 and 8; `long` is 200 rounds of 100 steps, one
+seed; `states`, `outer` and `inner` are the choices behind this project's way.
 """
 
 import argparse
