@@ -20,6 +20,7 @@ from diloco.genesis import initial_state
 from diloco.shards import Halves, Shard, ShardInfo, ShardSet, write_shard
 from diloco.streams import Stream
 from diloco.tables import Floats
+from diloco.trail import merkle_root
 from diloco.unit import UnitSpec, run_unit
 from mmdit.conditioning import ConditioningConfig, encode_caption
 from mmdit.config import MMDiTConfig
@@ -187,6 +188,9 @@ def small_run(
             name="shapes",
             source=_INFO.source,
             licence=_INFO.licence,
+            root=merkle_root([bytes.fromhex(sha256_hex(raw)) for raw in raw_shards]).hex(),
+            curator=None,
+            manifest_sha256=None,
             shards=tuple(_reference(raw, SHARD_SAMPLES) for raw in raw_shards),
             heldout=_reference(heldout, HELDOUT_SAMPLES),
         ),
@@ -267,7 +271,7 @@ def draw_pictures(kinds_N4: Floats, vary_N6: Floats) -> Floats:
 
 
 def _reference(raw: bytes, samples: int) -> ShardRef:
-    return ShardRef(sha256=sha256_hex(raw), size=len(raw), samples=samples)
+    return ShardRef(sha256=sha256_hex(raw), size=len(raw), samples=samples, height=SPACE.height, width=SPACE.width)
 
 
 def _training(steps: int, batch: int, precision: Literal["fp32", "bf16"], eps: float) -> Training:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +27,7 @@ from coordinator.directory import (
 from coordinator.settings import Settings, render
 from coordinator.settings_problems import show
 from coordinator.settings_sections import DataSettings
-from coordinator.signed import run_config
+from coordinator.signed import Curated, run_config
 from diloco.checkpoint import write_checkpoint
 from diloco.genesis import initial_state
 from diloco.shards import Shard
@@ -35,6 +35,7 @@ from mmdit.export import write_description
 from protocol import layout
 from protocol.canonical import sha256_hex
 from protocol.documents import (
+    DatasetManifest,
     Delegation,
     Digest,
     FileEntry,
@@ -46,13 +47,41 @@ from protocol.documents import (
     digest_of,
     sign,
 )
-from protocol.errors import ConfigInvalid, DelegationInvalid, DirectoryNotEmpty, KeyUnreadable, ShardCorrupt
+from protocol.errors import (
+    ConfigInvalid,
+    DatasetInvalid,
+    DelegationInvalid,
+    DirectoryNotEmpty,
+    KeyUnreadable,
+    ShardCorrupt,
+)
 from protocol.keys import PrivateKey, PublicKey
 from protocol.limits import DELEGATION_MS, MAX_SHARD_BYTES
 
 SEED_BYTES: Final = 32
 _MARKER: Final = "root.pub"
 """In .founding: the public root key of the run that is being founded, written before the key itself is exported."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedDataset:
+    """A data set's manifest, as signed and as verified."""
+
+    envelope: bytes
+    manifest: DatasetManifest
+    curator: PublicKey
+
+    @property
+    def curated(self) -> Curated:
+        """What the run config says of it."""
+        return Curated(curator=self.curator.hex, manifest_sha256=digest_of(self.manifest))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    shards: tuple[Path, ...]
+    heldout: Path
+    dataset: SignedDataset | None
 
 
 def found(
@@ -65,6 +94,7 @@ def found(
     seed: bytes | None,
     now_ms: int,
     calibration: bytes | None = None,
+    dataset: SignedDataset | None = None,
 ) -> RunIdentity:
     """Make a run in `directory`, with checkpoint 0 published in it.
 
@@ -76,11 +106,13 @@ def found(
         seed: 32 bytes for the first weights, or None to draw them.
         now_ms: UTC milliseconds; the delegation and the certificate run from here.
         calibration: what `verification.evidence_sha256` is the digest of; it is published.
+        dataset: what a curator has signed for the shards, which must be those, in that order; it is published.
 
     Raises:
         DirectoryNotEmpty: a run, or something else that is in the way, lies there.
         DirectoryInUse: another process uses the directory.
         ConfigInvalid: settings and data do not fit each other.
+        DatasetInvalid: the shards are not what the curator has signed for.
         ShardCorrupt: a shard is not what it must be.
         KeyUnreadable: the root key can't be written, or a file of that name exists.
         DiskFull, LocalProblem: files could not be written; nothing is left behind.
@@ -98,7 +130,10 @@ def found(
         with _undone_on_failure(directory, root_key_out):
             work = directory.founding
             write_file(work / _MARKER, root.public.hex.encode("ascii") + b"\n")
-            envelope = _build(work, settings, shards, heldout, root, seed or os.urandom(SEED_BYTES), now_ms)
+            data = _Data(shards=tuple(shards), heldout=heldout, dataset=dataset)
+            envelope = _build(work, settings, data, root, seed or os.urandom(SEED_BYTES), now_ms)
+            if dataset is not None:
+                write_file(work / "public" / layout.DATASET, dataset.envelope)
             if calibration is not None:
                 write_file(work / "public" / layout.CALIBRATION, calibration)
             write_settings(directory, settings)
@@ -115,6 +150,7 @@ def _check_shards(settings: Settings, shards: Sequence[Path], heldout: Path) -> 
             "shards: lower the first, or give more shards."
         )
     shape, conditioning, space = settings.model_shape(), settings.conditioning(), settings.space()
+    patch, largest = shape.patch_size, shape.pos_embed_max_size * shape.patch_size
     expected = (space.channels, space.height, space.width, shape.joint_attention_dim, shape.pooled_projection_dim)
     for path in (*shards, heldout):
         try:
@@ -128,7 +164,12 @@ def _check_shards(settings: Settings, shards: Sequence[Path], heldout: Path) -> 
                 f"data.source is {show(settings.data.source)} (the default), but {path.name} says "
                 f"{show(shard.info.source)}: describe your data in [data], its licence too."
             )
-        if shard.widths != expected:
+        drawn = (
+            shard.widths[0],
+            *(min(side, largest) // patch * patch for side in shard.widths[1:3]),
+            *shard.widths[3:],
+        )
+        if drawn != shard.widths or (*shard.widths[:1], *shard.widths[3:]) != (*expected[:1], *expected[3:]):
             raise ConfigInvalid(
                 f"model.preset is {settings.model.preset}, which needs shards of (channels, height, width, token "
                 f"width, pooled width) = {expected}, but {path.name} has {shard.widths}."
@@ -202,8 +243,7 @@ def _refuse_key_file(path: Path) -> None:
 def _build(
     work: Path,
     settings: Settings,
-    shards: Sequence[Path],
-    heldout: Path,
+    data: _Data,
     root: PrivateKey,
     seed: bytes,
     now_ms: int,
@@ -218,12 +258,15 @@ def _build(
     checkpoint = public / layout.checkpoint_directory(0)
     config = run_config(
         settings,
-        shards=tuple(_add_shard(path, public) for path in shards),
-        heldout=_add_shard(heldout, public),
+        shards=tuple(_add_shard(path, public) for path in data.shards),
+        heldout=_add_shard(data.heldout, public),
         seed=seed,
         genesis_sha256=_write_genesis(checkpoint, settings, seed),
+        curated=None if data.dataset is None else data.dataset.curated,
     )
     _check_distinct(config)
+    if data.dataset is not None:
+        _check_curated(config, data.dataset)
     run = RunId(str(root.public.key_id))
     delegation = Delegation(
         run=run, role="coordinator", public_key=coordinator.public.hex, not_after_ms=now_ms + DELEGATION_MS
@@ -302,7 +345,23 @@ def _add_shard(path: Path, public: Path) -> ShardRef:
     content = path.read_bytes()
     sha256 = sha256_hex(content)
     (public / layout.shard_path(sha256)).write_bytes(content)
-    return ShardRef(sha256=sha256, size=len(content), samples=Shard.open(content).n)
+    shard = Shard.open(content)
+    _, height, width, _, _ = shard.widths
+    return ShardRef(sha256=sha256, size=len(content), samples=shard.n, height=height, width=width)
+
+
+def _check_curated(config: RunConfig, dataset: SignedDataset) -> None:
+    """Raise DatasetInvalid unless the run's shards are those that the curator has signed for."""
+    signed = dataset.manifest
+    expected = [shard.sha256 for shard in (*signed.shards, signed.heldout)]
+    if [shard.sha256 for shard in (*config.data.shards, config.data.heldout)] != expected:
+        raise DatasetInvalid("The shards are not those that the curator has signed for; copy the data set again.")
+    for name, described in (("conditioning", config.conditioning), ("space", config.space)):
+        if signed.encoder.get(name) != described:
+            raise ConfigInvalid(
+                f"The data set was prepared with the {name} {show(signed.encoder.get(name))}, but the run has "
+                f"{show(described)}: set model.preset and model.max_tokens as they were, or prepare it again."
+            )
 
 
 def _check_distinct(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from coordinator.settings import Settings
 from coordinator.settings_problems import show
 from diloco import NUMERICS
 from diloco.codec import UNIT as CODEC_UNIT
+from diloco.trail import merkle_root
 from mmdit.presets import PRESETS
 from protocol.documents import (
     Codec,
@@ -42,8 +43,22 @@ class Difference:
         return f"{self.name} is {self.in_settings} in run.toml, but {self.in_run} in the signed run."
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curated:
+    """Who has signed for a data set, as a public key in hex, and the digest of what was signed."""
+
+    curator: str
+    manifest_sha256: Digest
+
+
 def run_config(
-    settings: Settings, *, shards: tuple[ShardRef, ...], heldout: ShardRef, seed: bytes, genesis_sha256: Digest
+    settings: Settings,
+    *,
+    shards: tuple[ShardRef, ...],
+    heldout: ShardRef,
+    seed: bytes,
+    genesis_sha256: Digest,
+    curated: Curated | None = None,
 ) -> RunConfig:
     """Return the complete run config of a run with these settings.
 
@@ -52,6 +67,7 @@ def run_config(
         heldout: the shard that no unit trains on.
         seed: 32 bytes, from which the first weights come.
         genesis_sha256: digest of checkpoint 0's weights file.
+        curated: who has signed for the data, if anybody.
     """
     training, outer = settings.training, settings.outer
     return RunConfig(
@@ -66,6 +82,9 @@ def run_config(
             name=settings.data.name,
             source=settings.data.source,
             licence=settings.data.licence,
+            root=merkle_root([bytes.fromhex(shard.sha256) for shard in shards]).hex(),
+            curator=None if curated is None else curated.curator,
+            manifest_sha256=None if curated is None else curated.manifest_sha256,
             shards=shards,
             heldout=heldout,
         ),
@@ -102,7 +121,7 @@ def differences(settings: Settings, config: RunConfig) -> tuple[Difference, ...]
         heldout=config.data.heldout,
         seed=bytes.fromhex(config.seed),
         genesis_sha256=Digest(config.genesis_sha256),
-    )
+    )  # who has curated the data is no setting
     ours, theirs = _as_written(wanted), _as_written(config)
     return tuple(
         Difference(name=name, in_settings=show(ours[name]), in_run=show(theirs[name]))

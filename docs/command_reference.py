@@ -75,6 +75,8 @@ def _metavar(parameter: Command) -> str:
     if parameter.metavar:
         return str(parameter.metavar)
     kind = parameter.type_descriptor.annotation
+    if get_origin(kind) is list:  # it may be given several times
+        (kind,) = get_args(kind)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     if isinstance(kind, type) and issubclass(kind, Enum):

@@ -34,6 +34,7 @@ SIGNERS: Final[dict[type[Any], str]] = {
     signed.Verdict: "coordinator",
     signed.Opinion: "auditor",
     signed.Manifest: "coordinator",
+    signed.DatasetManifest: "curator",
 }
 """Which key signs a document; one that is missing here stops the generator."""
 
@@ -53,7 +54,7 @@ _NAMED: Final[tuple[tuple[object, str], ...]] = (
 _PARTS: Final = (
     signed.ShardRef, signed.DataSet, signed.Training, signed.Codec, signed.OuterStep, signed.Rounds,
     signed.Verification, signed.ArtifactLimit, signed.Artifact, signed.MergeEntry, signed.UnmergeEntry,
-    signed.FileEntry, signed.StateEntry,
+    signed.FileEntry, signed.StateEntry, signed.PreparedShard, signed.Counted,
 )  # fmt: skip
 _SCALES: Final = {
     "MS": ((DAY_MS, "days"), (HOUR_MS, "h"), (MINUTE_MS, "min"), (SECOND_MS, "s")),

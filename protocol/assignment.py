@@ -5,6 +5,7 @@ friend. Source: PROTOCOL.md section 5; the verifier, not the prover, fixes data 
 """
 
 import hashlib
+from collections import Counter
 
 from protocol.documents import Digest, RunConfig, RunId, UnitId
 
@@ -21,11 +22,32 @@ def unit_seed(unit: UnitId) -> Digest:
 
 
 def unit_shards(config: RunConfig, round_number: int, index: int) -> tuple[Digest, ...]:
-    """Return the digests of a unit's shards: consecutive ones in the run's order, which covers them evenly."""
-    shards = config.data.shards
-    per_unit = min(config.rounds.shards_per_unit, len(shards))
-    first = ((round_number - 1) * config.rounds.units + index) * per_unit
-    return tuple(Digest(shards[(first + k) % len(shards)].sha256) for k in range(per_unit))
+    """Return the digests of a unit's shards: a group of those whose pictures have one size.
+
+    Units are counted over all rounds. In each epoch the shards of every size are put into a new order and dealt into
+    groups of `shards_per_unit`, or one fewer, the groups of all sizes are put into an order, and each unit takes the
+    next: so every shard is in one unit of an epoch, and nobody chooses which.
+    """
+    groups = _group_sizes(config)
+    epoch, place = divmod((round_number - 1) * config.rounds.units + index, sum(groups.values()))
+    names = {
+        f"{size[0]}/{size[1]}/{number}": (size, number) for size, count in groups.items() for number in range(count)
+    }
+    size, number = names[sorted(names, key=lambda name: _epoch_rank(config, epoch, name))[place]]
+    shards = [Digest(shard.sha256) for shard in config.data.shards if (shard.height, shard.width) == size]
+    ordered = sorted(shards, key=lambda shard: _epoch_rank(config, epoch, shard))
+    return tuple(ordered[number :: groups[size]])
+
+
+def _group_sizes(config: RunConfig) -> dict[tuple[int, int], int]:
+    """Return into how many groups the shards of each size are dealt."""
+    counts = Counter((shard.height, shard.width) for shard in config.data.shards)
+    return {size: -(-counts[size] // config.rounds.shards_per_unit) for size in sorted(counts)}
+
+
+def _epoch_rank(config: RunConfig, epoch: int, name: str) -> bytes:
+    text = b"commonweight/epoch/v1\0" + bytes.fromhex(config.seed) + f"{epoch}/{name}".encode("ascii")
+    return hashlib.sha256(text).digest()
 
 
 def is_short(config: RunConfig, unit: UnitId) -> bool:

@@ -172,20 +172,70 @@ class SessionProof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRef:
-    """One data shard: its bytes' digest, its size and how many samples it holds."""
+    """One data shard: its bytes' digest and their number, how many samples it holds, and the size of its latents."""
 
     sha256: Hex32
     size: Count
     samples: Annotated[int, Field(ge=1, le=2**32)]
+    height: Positive
+    width: Positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """So many pictures of a kind: with a licence, or left out for a reason."""
+
+    name: ShortText
+    pictures: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedShard:
+    """A shard of a prepared data set: as in a run config, with its pictures' size in pixels and their licences."""
+
+    sha256: Hex32
+    size: Count
+    samples: Annotated[int, Field(ge=1, le=2**32)]
+    height: Positive
+    width: Positive
+    licences: Annotated[tuple[Counted, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetManifest:
+    """What a curator has prepared, and stands behind; signed by the curator's key.
+
+    `root` is the Merkle root (RFC 6962) over the digests of the training shards in their order; `encoder` says how
+    pictures and captions became numbers, with the digests of the weights of any networks; `skipped` counts the pictures
+    that were left out by reason.
+    """
+
+    TYPE: ClassVar[str] = _media_type("dataset")
+    FORMAT: ClassVar[int] = 1
+    name: ShortText
+    source: ShortText
+    licence: ShortText
+    encoder: dict[str, Any]
+    root: Hex32
+    shards: Annotated[tuple[PreparedShard, ...], Field(min_length=1)]
+    heldout: PreparedShard
+    skipped: tuple[Counted, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """The ordered training shards, one held-out shard, and where the pictures come from."""
+    """The training shards, one held-out shard, where the pictures come from, and who stands behind them.
+
+    `root` is the Merkle root (RFC 6962) over the digests of the training shards in their order; `curator` the public
+    key that has signed the data set's manifest, and `manifest_sha256` the digest of that, if there is one.
+    """
 
     name: ShortText
     source: ShortText
     licence: ShortText
+    root: Hex32
+    curator: Hex32 | None
+    manifest_sha256: Hex32 | None
     shards: Annotated[tuple[ShardRef, ...], Field(min_length=1)]
     heldout: ShardRef
 
@@ -574,6 +624,6 @@ class Manifest:
 
 DOCUMENTS: tuple[type[Document], ...] = (
     Delegation, DeviceDelegation, OwnerRevocation, Endpoint, SessionProof, RunConfig,
-    Lease, Claim, ClaimReceipt, BytesReceipt, Verdict, Opinion, Manifest,
+    Lease, Claim, ClaimReceipt, BytesReceipt, Verdict, Opinion, Manifest, DatasetManifest,
 )  # fmt: skip
 """Every signed document."""

@@ -503,6 +503,12 @@ class HistoryDiffers(LocalProblem):
     code = "HISTORY_DIFFERS"
 
 
+class DatasetInvalid(LocalProblem):
+    """The prepared data set is not what its curator signed for; copy it again from where it came."""
+
+    code = "DATASET_INVALID"
+
+
 class DeltasPruned(LocalProblem):
     """The deltas of that round are kept as digests only; it cannot be rebuilt any more."""
 

@@ -68,7 +68,7 @@ class Cohort:
 
 def default_verification() -> Verification:
     """Return the rules of a run whose operator changed nothing."""
-    shard = ShardRef(sha256="00" * 32, size=1, samples=1)
+    shard = ShardRef(sha256="00" * 32, size=1, samples=1, height=8, width=8)
     unused = Digest("00" * 32)
     return run_config(Settings(), shards=(shard,), heldout=shard, seed=bytes(32), genesis_sha256=unused).verification
 

@@ -15,6 +15,7 @@ import typer
 from protocol.errors import DirectoryNotEmpty, UsageError
 
 if TYPE_CHECKING:
+    from commonweight.data.dataset import Dataset
     from coordinator.directory import RunDirectory, RunIdentity
     from coordinator.settings import Settings
     from protocol.documents import DataSet
@@ -35,7 +36,11 @@ Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")
 def init(
     directory: Dir,
     data: Annotated[
-        str, typer.Option(help=f'"digits", or a folder of shards (*.safetensors) with {HELDOUT} among them.')
+        str,
+        typer.Option(
+            help='"digits", a data set that `commonweight data prepare` has made, or a folder of shards '
+            f"(*.safetensors) with {HELDOUT} among them."
+        ),
     ] = "digits",
     shards: Annotated[int, typer.Option(min=1, help="Training shards to cut the digits into.")] = 8,
     root_key: Annotated[
@@ -65,7 +70,8 @@ def init(
     run = RunDirectory(directory)
     if run.holds_run:
         raise DirectoryNotEmpty(f"{run.root} holds a run already; nothing was changed.")
-    overrides = [*_calibrated(calibration), *(settings or [])]
+    dataset = _dataset(data)
+    overrides = [*_calibrated(calibration), *_described(dataset), *(settings or [])]
     if run.settings_file.exists():
         chosen = Settings.load(run.settings_file, overrides)
     else:
@@ -79,7 +85,7 @@ def init(
         typer.echo(f"{run.settings_file} {what}; edit it, then: commonweight coordinator init {directory}")
         return
     key_file = (root_key or run.root.with_name(f"{run.root.name}-root.pem")).absolute()
-    with _shards(data, shards, chosen) as (training, heldout):
+    with _shards(data, shards, chosen, dataset) as (training, heldout):
         identity = found(
             run,
             chosen,
@@ -88,6 +94,7 @@ def init(
             root_key_out=key_file,
             seed=None if seed is None else _seed(seed),
             calibration=None if calibration is None else calibration.read_bytes(),
+            dataset=None if dataset is None else dataset.signed(),
             now_ms=WallClock().now_ms(),
         )
     _show_new_run(directory, run, identity, chosen, key_file)
@@ -247,9 +254,36 @@ def _seed(text: str) -> bytes:
     return raw
 
 
+def _dataset(data: str) -> "Dataset | None":
+    """Return the prepared data set that `--data` names, every byte checked; None for something else."""
+    from commonweight.data.layout import MANIFEST
+
+    if data == "digits" or not (Path(data) / MANIFEST).is_file():
+        return None
+    from commonweight.data.dataset import check_shards, open_dataset
+
+    dataset = open_dataset(Path(data))
+    check_shards(dataset, lambda _: None)
+    return dataset
+
+
+def _described(dataset: "Dataset | None") -> list[str]:
+    """Return the settings that a prepared data set brings."""
+    if dataset is None:
+        return []
+    signed = dataset.manifest
+    return [f"data.name={signed.name}", f"data.source={signed.source}", f"data.licence={signed.licence}"]
+
+
 @contextmanager
-def _shards(data: str, count: int, settings: "Settings") -> "Iterator[tuple[list[Path], Path]]":
+def _shards(
+    data: str, count: int, settings: "Settings", dataset: "Dataset | None"
+) -> "Iterator[tuple[list[Path], Path]]":
     """Give the training shards and the held-out one; digits are written to a temporary folder."""
+    if dataset is not None:
+        signed = dataset.manifest
+        yield [dataset.path(shard) for shard in signed.shards], dataset.path(signed.heldout)
+        return
     if data == "digits":
         from commonweight.digits import write_digits
 
@@ -259,7 +293,10 @@ def _shards(data: str, count: int, settings: "Settings") -> "Iterator[tuple[list
     folder_given = Path(data)
     heldout = folder_given / HELDOUT
     if not heldout.is_file():
-        raise UsageError(f'--data is {data!r}; it must be "digits", or a folder of shards with {HELDOUT} among them.')
+        raise UsageError(
+            f'--data is {data!r}; it must be "digits", a data set that `commonweight data prepare` has made, or a '
+            f"folder of shards with {HELDOUT} among them."
+        )
     yield sorted(path for path in folder_given.glob("*.safetensors") if path != heldout), heldout
 
 

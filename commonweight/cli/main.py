@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from commonweight.cli import auditor, checkpoint, coordinator, demo, models, sample, verify, worker
+from commonweight.cli import auditor, checkpoint, coordinator, data, demo, models, sample, verify, worker
 from protocol.errors import Bug, CommonweightError, UsageError
 from protocol.printing import printable_text
 from worker.durable import trouble_with
@@ -31,6 +31,7 @@ app = typer.Typer(
 app.add_typer(coordinator.app, name="coordinator")
 app.add_typer(worker.app, name="worker")
 app.add_typer(auditor.app, name="auditor")
+app.add_typer(data.app, name="data")
 app.add_typer(verify.app, name="verify")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(models.models)

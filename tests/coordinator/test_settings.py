@@ -23,8 +23,8 @@ def refusal(text: str, *overrides: str) -> str:
 
 
 def config_of(settings: Settings) -> RunConfig:
-    shard = ShardRef(sha256="a" * 64, size=10, samples=2)
-    heldout = ShardRef(sha256="b" * 64, size=10, samples=2)
+    shard = ShardRef(sha256="a" * 64, size=10, samples=2, height=8, width=8)
+    heldout = ShardRef(sha256="b" * 64, size=10, samples=2, height=8, width=8)
     return run_config(settings, shards=(shard,), heldout=heldout, seed=bytes(32), genesis_sha256=Digest("c" * 64))
 
 

@@ -7,7 +7,9 @@ from protocol.documents import (
     Claim,
     ClaimReceipt,
     Codec,
+    Counted,
     DataSet,
+    DatasetManifest,
     Delegation,
     DeviceDelegation,
     Document,
@@ -20,6 +22,7 @@ from protocol.documents import (
     OuterStep,
     OwnerRevocation,
     Patch,
+    PreparedShard,
     Rounds,
     RunConfig,
     RunId,
@@ -76,8 +79,13 @@ def run_config(*, shards: int = 5, shards_per_unit: int = 2, units: int = 4, pla
             name="digits",
             source="scikit-learn",
             licence="CC-BY-4.0",
-            shards=tuple(ShardRef(sha256=f"{k:02x}" * 32, size=1000 + k, samples=100) for k in range(shards)),
-            heldout=ShardRef(sha256="fe" * 32, size=500, samples=50),
+            root="7e" * 32,
+            curator="c5" * 32,
+            manifest_sha256="da" * 32,
+            shards=tuple(
+                ShardRef(sha256=f"{k:02x}" * 32, size=1000 + k, samples=100, height=8, width=8) for k in range(shards)
+            ),
+            heldout=ShardRef(sha256="fe" * 32, size=500, samples=50, height=8, width=8),
         ),
         training=Training(
             steps=60,
@@ -228,6 +236,15 @@ MANIFEST = Manifest(
     log_head="4e" * 32,
 )
 
+_PREPARED = PreparedShard(
+    sha256="5a" * 32,
+    size=1000,
+    samples=100,
+    height=8,
+    width=8,
+    licences=(Counted(name="CC-BY-4.0", pictures=100),),
+)
+
 EXAMPLES: tuple[Document, ...] = (
     DELEGATION,
     DeviceDelegation(owner_public_key=OWNER.public.hex, device_public_key=DEVICE.public.hex),
@@ -250,5 +267,15 @@ EXAMPLES: tuple[Document, ...] = (
     VERDICT,
     OPINION,
     MANIFEST,
+    DatasetManifest(
+        name="digits",
+        source="scikit-learn",
+        licence="CC-BY-4.0",
+        encoder={"conditioning": {"kind": "byte-patch", "max_tokens": 8}, "space": {"kind": "pixel"}},
+        root="7e" * 32,
+        shards=(_PREPARED,),
+        heldout=_PREPARED,
+        skipped=(Counted(name="corrupt", pictures=3),),
+    ),
 )
 """One of each, in the order of `protocol.documents.DOCUMENTS`."""

@@ -1,5 +1,4 @@
 import hashlib
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -36,17 +35,30 @@ def test_every_unit_of_a_run_has_its_own_id_and_seed() -> None:
     assert unit_id(Digest("c1" * 32), 1, 0) not in units
 
 
-def test_a_unit_gets_consecutive_shards_and_wraps_round() -> None:
-    names = [shard.sha256 for shard in CONFIG.data.shards]
-    assert unit_shards(CONFIG, 1, 0) == (names[0], names[1])
-    assert unit_shards(CONFIG, 1, 2) == (names[4], names[0])
-    assert unit_shards(CONFIG, 2, 0) == (names[3], names[4])
+def test_every_shard_is_in_one_unit_of_an_epoch_and_the_next_epoch_deals_anew() -> None:
+    # Five shards, two a unit: three units make an epoch, one of them with a single shard.
+    units = [unit_shards(CONFIG, 1 + number // 4, number % 4) for number in range(12)]
+    epochs = [units[start : start + 3] for start in range(0, 12, 3)]
+    for epoch in epochs:
+        assert sorted(len(unit) for unit in epoch) == [1, 2, 2]
+        assert sorted(shard for unit in epoch for shard in unit) == [shard.sha256 for shard in CONFIG.data.shards]
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
-def test_rounds_visit_every_shard_equally_often() -> None:
-    seen = Counter(shard for r in range(1, 6) for i in range(4) for shard in unit_shards(CONFIG, r, i))
-    assert set(seen) == {shard.sha256 for shard in CONFIG.data.shards}
-    assert set(seen.values()) == {8}
+def test_a_units_shards_hold_pictures_of_one_size() -> None:
+    shards = tuple(
+        replace(shard, height=8 if k % 3 else 16) for k, shard in enumerate(run_config(shards=9).data.shards)
+    )
+    config = replace(CONFIG, data=replace(CONFIG.data, shards=shards))
+    tall = {shard.sha256 for shard in shards if shard.height == 16}
+    units = [unit_shards(config, 1, index) for index in range(5)]
+    assert all(set(unit) <= tall or not set(unit) & tall for unit in units)
+    assert sorted(shard for unit in units for shard in unit) == sorted(shard.sha256 for shard in shards)
+
+
+def test_another_run_deals_otherwise() -> None:
+    other = replace(CONFIG, seed="00" * 32)
+    assert [unit_shards(CONFIG, 1, index) for index in range(4)] != [unit_shards(other, 1, index) for index in range(4)]
 
 
 def test_a_unit_never_gets_a_shard_twice() -> None:

@@ -14,6 +14,7 @@ from diloco.container import Container, write_container
 from diloco.genesis import initial_state
 from diloco.merge import MergeFiles, MergeInput, OuterState, UnmergeInput, merge_round
 from diloco.shards import Shard, ShardInfo, ShardSet, write_shard
+from diloco.trail import merkle_root
 from diloco.weigh import weigh_delta
 from mmdit.conditioning import ConditioningConfig, encode_caption
 from mmdit.config import MMDiTConfig
@@ -115,7 +116,7 @@ SHARDS = tuple(shard_bytes(number) for number in range(3))
 
 
 def _shard_ref(content: bytes) -> ShardRef:
-    return ShardRef(sha256=sha256_hex(content), size=len(content), samples=12)
+    return ShardRef(sha256=sha256_hex(content), size=len(content), samples=12, height=4, width=4)
 
 
 def run_config(genesis_sha256: str, verification: Verification = REPLAY) -> RunConfig:
@@ -132,6 +133,9 @@ def run_config(genesis_sha256: str, verification: Verification = REPLAY) -> RunC
             name="shades",
             source="made for a test",
             licence="CC0-1.0",
+            root=merkle_root([bytes.fromhex(sha256_hex(content)) for content in SHARDS]).hex(),
+            curator=None,
+            manifest_sha256=None,
             shards=tuple(map(_shard_ref, SHARDS)),
             heldout=_shard_ref(shard_bytes(9)),
         ),

@@ -77,7 +77,9 @@ class SmallRun(SmallAudits):
         self.root_key, self.key = PrivateKey.generate(), PrivateKey.generate()
         self.run = RunId(self.root_key.public.key_id)
         raw_shards = [small_shard(seed) for seed in range(2)]
-        refs = tuple(ShardRef(sha256=sha256_hex(raw), size=len(raw), samples=6) for raw in raw_shards)
+        refs = tuple(
+            ShardRef(sha256=sha256_hex(raw), size=len(raw), samples=6, height=8, width=8) for raw in raw_shards
+        )
         self.config = small_config(refs, units=units, steps=steps)
         for ref, raw in zip(refs, raw_shards, strict=True):
             self._publish(shard_path(ref.sha256), raw)

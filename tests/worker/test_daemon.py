@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from protocol.documents import LeaseId
+from protocol.documents import Lease, LeaseId
 from protocol.errors import (
     CacheTooSmall,
     ClaimMismatch,
@@ -261,9 +261,13 @@ def test_a_lease_with_hand_picked_shards_is_not_worked_on(tmp_path: Path) -> Non
         stop = Stop()
         async with SmallRun(tmp_path / "run", units=1) as run:
             true_lease = run.make_lease
-            run.make_lease = lambda device, index: replace(  # type: ignore[method-assign]
-                true_lease(device, index), shards=(run.config.data.shards[1].sha256,)
-            )
+            names = {shard.sha256 for shard in run.config.data.shards}
+
+            def other_shards(device: str, index: int) -> Lease:
+                lease = true_lease(device, index)
+                return replace(lease, shards=tuple(names - set(lease.shards)))
+
+            run.make_lease = other_shards  # type: ignore[method-assign]
             recorder = Recorder(lambda event: stop.ask() if event.NAME == "waiting" else None)
             await work(run, tmp_path / "home", recorder, stop=stop)
             return run, recorder

@@ -237,7 +237,7 @@ def test_asking_for_a_gpu_that_is_not_there_names_the_way_out() -> None:
 
 
 def test_a_lease_that_allows_less_than_a_delta_may_have_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    config = small_config((ShardRef(sha256="ab" * 32, size=1, samples=1),), units=1, steps=1)
+    config = small_config((ShardRef(sha256="ab" * 32, size=1, samples=1, height=8, width=8),), units=1, steps=1)
     most = largest_container(delta_schema(config), codec_config(config))
 
     def train(max_bytes: int) -> None:

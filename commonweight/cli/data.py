@@ -1,0 +1,319 @@
+"""`commonweight data`: pictures and captions become shards with a signed manifest; looking at them, checking them."""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from protocol.errors import UsageError
+from protocol.printing import printable
+
+if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
+    from commonweight.data.dataset import Dataset
+    from commonweight.data.encoders import Encoder
+    from commonweight.data.prepare import Progress
+    from mmdit.config import MMDiTConfig
+    from protocol.documents import DatasetManifest
+    from protocol.keys import PrivateKey
+
+app = typer.Typer(no_args_is_help=True, help="Prepare, inspect and check data sets.")
+
+_MIB: Final = 1 << 20
+_MOST_CAPTION: Final = 4096
+_SHEET: Final = 64
+_EVERY_SECONDS: Final = 2.0
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared data set.")]
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of pictures with .txt or .json captions beside them, WebDataset .tar files, or .parquet "
+            "tables (PD12M's columns); or a folder of those.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the data set goes.")],
+    preset: Annotated[str, typer.Option(help="The model that will train on it, by name; see `commonweight models`.")],
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="As the run's model.max_tokens.")] = 64,
+    name: Annotated[str | None, typer.Option(help="Name of the data set; default: the directory's.")] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of pictures whose source names none; without it they are skipped.")
+    ] = None,
+    origin: Annotated[str, typer.Option(help="Where pictures come from whose source does not say.")] = "not stated",
+    accept: Annotated[
+        list[str] | None, typer.Option(help="Take only pictures with this licence; may be given several times.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For tables of links: the pictures, named by id.")
+    ] = None,
+    least_side: Annotated[
+        int | None, typer.Option(min=1, help="Skip pictures with a shorter side; default: that of the model.")
+    ] = None,
+    aspect: Annotated[
+        float, typer.Option(min=1.0, max=16.0, help="Also make pictures up to so many times longer than wide, or wide.")
+    ] = 1.0,
+    shard_mib: Annotated[float, typer.Option(min=0.01, max=1024, help="Size of a shard, about.")] = 256.0,
+    heldout: Annotated[int, typer.Option(min=1, max=65_536, help="Pictures kept for validation.")] = 512,
+    least_in_bucket: Annotated[int, typer.Option(min=1, help="Give a size up if fewer pictures have it.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the shuffling.")] = 0,
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The curator's key; made if it is not there.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: one for each core.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run has left.")] = False,
+) -> None:
+    """Make a data set: decode, skip what can't be used, cut to size, shuffle, encode, and sign a manifest.
+
+    Interrupted, the same command goes on where it stopped. The same source, settings and seed give the same bytes. What
+    is skipped, and why, stands in skipped.jsonl; what a curator should look at before publishing, in report.json.
+    """
+    from commonweight.data.index import Rules
+    from commonweight.data.layout import WORK
+    from commonweight.data.pictures import buckets
+    from commonweight.data.prepare import Recipe
+    from commonweight.data.prepare import prepare as make
+
+    shape = _shape(preset)
+    encoder = _encoder(shape, preset, max_tokens)
+    try:
+        among = buckets(
+            shape.sample_size,
+            step=shape.patch_size,
+            largest=shape.pos_embed_max_size * shape.patch_size,
+            most_aspect=aspect,
+        )
+    except ValueError as error:
+        raise UsageError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
+    if restart:
+        shutil.rmtree(out / WORK, ignore_errors=True)
+    rules = Rules(
+        among=among,
+        channels=encoder.channels,
+        least_side=shape.sample_size if least_side is None else least_side,
+        licence=licence,
+        source=origin,
+        licences=None if accept is None else tuple(sorted(set(accept))),
+        most_caption=_MOST_CAPTION,
+    )
+    recipe = Recipe(
+        name=name or out.name,
+        rules=rules,
+        encoder=encoder,
+        seed=seed.to_bytes(32, "little"),
+        shard_bytes=int(shard_mib * _MIB),
+        heldout=heldout,
+        least_in_bucket=least_in_bucket,
+        pictures=pictures,
+    )
+    curator_key = key or out.absolute().parent / f"{out.absolute().name}-curator.pem"
+    began = time.monotonic()
+    with _told() as tell:
+        manifest = make(
+            source, out, recipe, _curator(curator_key), processes=processes or os.cpu_count() or 1, on_progress=tell
+        )
+    _show(out, manifest, time.monotonic() - began)
+    typer.echo(f"signed with {curator_key}; keep it: later versions of the data set should have the same curator")
+
+
+@app.command()
+def inspect(
+    directory: Directory,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help=f"Write {_SHEET} pictures, from all shards, into one.")
+    ] = None,
+) -> None:
+    """Say what is in a data set: pictures, sizes, licences, captions, bytes of a unit, and what looks suspicious."""
+    import json
+
+    from commonweight.data.dataset import open_dataset
+    from commonweight.data.layout import REPORT
+
+    dataset = open_dataset(directory)
+    _show(directory, dataset.manifest, None)
+    typer.echo(f"curator: {dataset.curator.key_id}; root {dataset.manifest.root}")
+    report = directory / REPORT
+    if report.is_file():
+        found = json.loads(report.read_bytes())
+        for line in _suspicions(found):
+            typer.echo(printable(line))
+    if sheet is not None:
+        count = _write_sheet(dataset, sheet)
+        typer.echo(printable(f"{sheet}: {count} pictures"))
+
+
+@app.command()
+def verify(
+    directory: Directory,
+    curator: Annotated[
+        str | None, typer.Option(help="The curator's public key, 64 hex digits, that must have signed.")
+    ] = None,
+) -> None:
+    """Check a data set: the curator's signature, the root, and every byte of every shard."""
+    from commonweight.data.dataset import check_shards, open_dataset
+    from protocol.keys import PublicKey
+
+    dataset = open_dataset(directory, None if curator is None else PublicKey.from_hex(curator))
+    check_shards(dataset, lambda _: None)
+    count = len(dataset.manifest.shards) + 1
+    typer.echo(
+        f"right: {count} shards are what {dataset.curator.key_id[:12]} signed for, root {dataset.manifest.root[:12]}"
+    )
+
+
+def _shape(preset: str) -> "MMDiTConfig":
+    from mmdit.presets import PRESETS
+
+    if preset not in PRESETS:
+        raise UsageError(f"--preset is {preset[:40]!r}; it must be one of {', '.join(sorted(PRESETS))}.")
+    return PRESETS[preset]
+
+
+def _encoder(shape: "MMDiTConfig", preset: str, max_tokens: int) -> "Encoder":
+    from commonweight.data.encoders import EmbeddedEncoder
+    from mmdit.conditioning import ConditioningConfig
+    from mmdit.space import PixelSpace
+
+    if shape.in_channels not in (1, 3):
+        raise UsageError(
+            f"{preset} paints in {shape.in_channels} latent channels; this version prepares pixels (1 or 3 channels)."
+        )
+    side = shape.sample_size
+    return EmbeddedEncoder(
+        space=PixelSpace(channels=shape.in_channels, height=side, width=side, shift=-1.0, scale=2.0),
+        conditioning=ConditioningConfig(
+            kind="byte-patch",
+            max_tokens=max_tokens,
+            token_dim=shape.joint_attention_dim,
+            pooled_dim=shape.pooled_projection_dim,
+        ),
+    )
+
+
+def _curator(path: Path) -> "PrivateKey":
+    from protocol.keys import PrivateKey
+
+    if path.exists():
+        return PrivateKey.load(path)
+    if not path.parent.is_dir():
+        raise UsageError(f"There is no directory {path.parent} to write the curator's key to.")
+    key = PrivateKey.generate()
+    key.save(path)
+    return key
+
+
+@contextmanager
+def _told() -> "Iterator[Callable[[Progress], None]]":
+    """Show progress: one changing line at a terminal, a line every two seconds elsewhere."""
+    last = [0.0]
+    terminal = sys.stderr.isatty()
+
+    def tell(progress: "Progress") -> None:
+        now = time.monotonic()
+        finished = progress.of_shards and progress.shards == progress.of_shards
+        if now - last[0] < (0.1 if terminal else _EVERY_SECONDS) and not finished:
+            return
+        last[0] = now
+        done = (
+            f"shards {progress.shards}/{progress.of_shards}"
+            if progress.of_shards
+            else f"pictures {progress.pictures:,}"
+        )
+        typer.echo(f"\r{done:<40}" if terminal else done, err=True, nl=not terminal)
+
+    yield tell
+    if terminal:
+        typer.echo("", err=True)
+
+
+def _show(directory: Path, manifest: "DatasetManifest", seconds: float | None) -> None:
+    from commonweight.data.dataset import licences, sizes
+
+    pictures = sum(shard.samples for shard in manifest.shards)
+    total = sum(shard.size for shard in manifest.shards)
+    skipped = ", ".join(f"{reason.name} {reason.pictures}" for reason in manifest.skipped) or "none"
+    looked_at = pictures + manifest.heldout.samples + sum(reason.pictures for reason in manifest.skipped)
+    lines = [
+        (
+            f"{directory}: {manifest.name}, {pictures:,} pictures in {len(manifest.shards)} shards "
+            f"({_size(total)}), {manifest.heldout.samples:,} held out"
+        ),
+        f"sizes: {_listed(sizes(manifest).most_common())}",
+        f"licences: {_listed(licences(manifest).most_common())}",
+        f"skipped: {skipped}",
+        (
+            f"a unit that draws from k shards fetches about k x {_size(total / len(manifest.shards))}, "
+            f"{_size(total / pictures)} a picture"
+        ),
+    ]
+    if seconds is not None:
+        lines.append(f"in {seconds:.1f} s, {looked_at / max(seconds, 1e-9):.0f} pictures a second")
+    for line in lines:
+        typer.echo(printable(line))
+
+
+def _listed(counts: Sequence[tuple[str, int]]) -> str:
+    shown = ", ".join(f"{name} {count:,}" for name, count in counts[:8])
+    return shown + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
+
+
+def _suspicions(report: dict[str, object]) -> Iterator[str]:
+    characters = report["caption_characters"]
+    assert isinstance(characters, dict)
+    yield "caption characters: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in characters.items())
+    for name, words in (
+        ("repeated_captions", "repeated caption: {caption!r}, {pictures} pictures"),
+        ("near_duplicates", "look alike: {pictures} pictures under {captions} captions, such as {keys[0]}"),
+        ("words_of_look_alikes", "only with pictures that look alike: the word {word!r}, {pictures} pictures"),
+    ):
+        found = report[name]
+        assert isinstance(found, list)
+        for entry in found[:3]:
+            yield words.format(**entry)
+
+
+def _size(count: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count:.0f} B"
+
+
+def _write_sheet(dataset: "Dataset", path: Path) -> int:
+    """Write pictures from every shard side by side, each in a cell as large as the largest; return how many."""
+    import math
+
+    import numpy as np
+
+    from commonweight.png import png_bytes
+    from diloco.shards import Shard
+    from mmdit.space import PixelSpace
+    from worker.durable import trouble_with
+
+    shards = dataset.manifest.shards
+    space = PixelSpace(**{name: value for name, value in dataset.manifest.encoder["space"].items() if name != "kind"})
+    each = math.ceil(_SHEET / len(shards))
+    found = []
+    for shard in shards[:_SHEET]:
+        opened = Shard.open(dataset.path(shard))
+        found += list(space.decode(np.asarray(opened.latent[:each], dtype=np.float32)))
+    found = found[:_SHEET]
+    height, width = (max(picture.shape[axis] for picture in found) for axis in (0, 1))
+    across = math.ceil(math.sqrt(len(found)))
+    sheet = np.full((math.ceil(len(found) / across) * height, across * width, space.channels), 255, dtype=np.uint8)
+    for index, picture in enumerate(found):
+        top, left = index // across * height, index % across * width
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    try:
+        path.write_bytes(png_bytes(sheet))
+    except OSError as error:
+        raise trouble_with(path, error) from None
+    return len(found)

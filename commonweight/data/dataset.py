@@ -1,0 +1,112 @@
+"""A prepared data set, read back: who signed for it, and whether every byte is what was signed for."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from commonweight.data.layout import CURATOR, HELDOUT, MANIFEST
+from coordinator.founding import SignedDataset
+from diloco.shards import Shard
+from diloco.trail import merkle_root
+from protocol.documents import DatasetManifest, PreparedShard, digest_of, verify
+from protocol.errors import DatasetInvalid, DocumentRefused, ShardCorrupt, UsageError
+from protocol.keys import PublicKey
+from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
+from verify.admission import file_sha256
+from verify.plain_files import read_plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """A data set whose manifest was verified."""
+
+    directory: Path
+    manifest: DatasetManifest
+    manifest_sha256: str
+    envelope: bytes
+    curator: PublicKey
+
+    def signed(self) -> SignedDataset:
+        """Return what a run that trains on it publishes."""
+        return SignedDataset(envelope=self.envelope, manifest=self.manifest, curator=self.curator)
+
+    def path(self, shard: PreparedShard) -> Path:
+        """Return where a shard lies."""
+        held = shard.sha256 == self.manifest.heldout.sha256
+        return self.directory / (HELDOUT if held else f"{shard.sha256}.safetensors")
+
+
+def open_dataset(directory: Path, curator: PublicKey | None = None) -> Dataset:
+    """Read and verify a manifest; the shards are not looked at yet.
+
+    Args:
+        directory: made by `commonweight data prepare`.
+        curator: the key that must have signed; None takes the directory's own word for it.
+
+    Raises:
+        UsageError: there is no prepared data set here.
+        DatasetInvalid: the manifest is not signed by that key, or does not hold.
+    """
+    if not (directory / MANIFEST).is_file():
+        raise UsageError(f"{directory} holds no prepared data set: there is no {MANIFEST} in it.")
+    try:
+        envelope = read_plain(directory / MANIFEST, MAX_PUBLIC_DOCUMENT_BYTES)
+        key = curator or PublicKey.from_hex(read_plain(directory / CURATOR, 100).decode("ascii").strip())
+        manifest = verify(DatasetManifest, envelope, key, max_bytes=MAX_PUBLIC_DOCUMENT_BYTES)
+    except (DocumentRefused, UnicodeDecodeError, OSError) as error:
+        raise DatasetInvalid(f"{directory / MANIFEST} does not hold: {error}") from None
+    root = merkle_root([bytes.fromhex(shard.sha256) for shard in manifest.shards]).hex()
+    if root != manifest.root:
+        raise DatasetInvalid(
+            f"{directory / MANIFEST} names the root {manifest.root[:12]}; its shards give {root[:12]}."
+        )
+    return Dataset(
+        directory=directory,
+        manifest=manifest,
+        manifest_sha256=digest_of(manifest),
+        envelope=envelope,
+        curator=key,
+    )
+
+
+def check_shards(dataset: Dataset, on_shard: Callable[[int], None]) -> None:
+    """Hash and open every shard; call `on_shard` with the number of those that held.
+
+    Raises:
+        DatasetInvalid: one is missing, changed, or not what the manifest says of it.
+    """
+    for number, shard in enumerate((*dataset.manifest.shards, dataset.manifest.heldout), start=1):
+        check_shard(dataset, shard)
+        on_shard(number)
+
+
+def check_shard(dataset: Dataset, shard: PreparedShard) -> None:
+    """Hold one shard to its entry; raise `DatasetInvalid`."""
+    path = dataset.path(shard)
+    try:
+        if path.stat().st_size != shard.size or file_sha256(path) != shard.sha256:
+            raise DatasetInvalid(f"{path.name} is not the file that was signed for; copy it again.")
+        opened = Shard.open(path)
+    except FileNotFoundError:
+        raise DatasetInvalid(f"{path.name} is missing; copy it again.") from None
+    except ShardCorrupt as error:
+        raise DatasetInvalid(f"{path.name}: {error.message}") from None
+    if opened.n != shard.samples or sum(licence.pictures for licence in shard.licences) != shard.samples:
+        raise DatasetInvalid(f"{path.name} holds {opened.n} samples; its entry says something else.")
+
+
+def licences(manifest: DatasetManifest) -> Counter[str]:
+    """Return how many pictures, the held-out ones included, have which licence."""
+    found: Counter[str] = Counter()
+    for shard in (*manifest.shards, manifest.heldout):
+        found.update({licence.name: licence.pictures for licence in shard.licences})
+    return found
+
+
+def sizes(manifest: DatasetManifest) -> Counter[str]:
+    """Return how many pictures, the held-out ones included, have which size, as width x height."""
+    found: Counter[str] = Counter()
+    for shard in (*manifest.shards, manifest.heldout):
+        found[f"{shard.width}x{shard.height}"] += shard.samples
+    return found

@@ -1,0 +1,128 @@
+"""From the index to shards: duplicates go, the rest is shuffled within its bucket and dealt out, by a seed."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from commonweight.data.index import Row
+from commonweight.data.pictures import Bucket, closest
+from protocol.errors import UsageError
+
+_DOMAIN: Final = b"commonweight/prepare/v1\0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """The pictures of one shard, in order; all of one bucket."""
+
+    bucket: Bucket
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What becomes of every picture: training shards, the held-out one, and what is left out."""
+
+    shards: tuple[Planned, ...]
+    heldout: Planned
+    skipped: tuple[Row, ...]
+
+
+def plan(
+    rows: Iterable[Row],
+    *,
+    seed: bytes,
+    sample_bytes: Callable[[str, Bucket], int],
+    shard_bytes: int,
+    heldout: int,
+    least_in_bucket: int,
+) -> Plan:
+    """Deal out pictures; the same rows give the same plan.
+
+    Args:
+        rows: the index.
+        seed: of the shuffling.
+        sample_bytes: what a caption and its picture take in a shard.
+        shard_bytes: about how large a shard is to be.
+        heldout: pictures kept for validation, of the fullest bucket.
+        least_in_bucket: buckets with fewer pictures are given up, and their pictures cut to the next best.
+
+    Raises:
+        UsageError: fewer pictures than would fill a shard beside the held-out one.
+    """
+    taken, skipped = _without_duplicates(rows)
+    by_bucket = _buckets(taken, least_in_bucket)
+    if not by_bucket:
+        raise UsageError(f"No picture is left: {_counted(skipped)}.")
+    fullest = max(sorted(by_bucket), key=lambda bucket: len(by_bucket[bucket]))
+    kept = sorted(by_bucket[fullest], key=lambda row: _rank(seed, b"heldout", row))
+    if len(kept) <= heldout or heldout < 1:
+        raise UsageError(
+            f"{heldout} held-out pictures of {len(kept)} of size {fullest}: at least one must be held out, and one "
+            f"left to train on. Skipped were: {_counted(skipped)}."
+        )
+    by_bucket[fullest] = kept[heldout:]
+    shards = [
+        Planned(bucket=bucket, rows=part)
+        for bucket in sorted(by_bucket)
+        for part in _dealt(by_bucket[bucket], bucket, seed, sample_bytes, shard_bytes)
+    ]
+    return Plan(
+        shards=tuple(shards), heldout=Planned(bucket=fullest, rows=tuple(kept[:heldout])), skipped=tuple(skipped)
+    )
+
+
+def _without_duplicates(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Keep the first of pictures that are the same pixel for pixel."""
+    seen: dict[str, str] = {}
+    taken, skipped = [], []
+    for row in rows:
+        if row.skipped:
+            skipped.append(row)
+        elif row.pixels in seen:
+            skipped.append(replace(row, skipped="duplicate", detail=f"of {seen[row.pixels]}"))
+        else:
+            seen[row.pixels] = row.key
+            taken.append(row)
+    return taken, skipped
+
+
+def _buckets(rows: Sequence[Row], least: int) -> dict[Bucket, list[Row]]:
+    counts = Counter(row.bucket for row in rows if row.bucket is not None)
+    full = tuple(sorted(bucket for bucket, count in counts.items() if count >= least))
+    # A small set keeps the bucket that it fills most.
+    kept = full or tuple(bucket for bucket, _ in counts.most_common(1))
+    found: dict[Bucket, list[Row]] = {}
+    for row in rows:
+        assert row.bucket is not None  # it was not skipped
+        bucket = row.bucket if row.bucket in kept else closest(row.width, row.height, kept)
+        found.setdefault(bucket, []).append(row)
+    return found
+
+
+def _dealt(
+    rows: Sequence[Row], bucket: Bucket, seed: bytes, sample_bytes: Callable[[str, Bucket], int], shard_bytes: int
+) -> list[tuple[Row, ...]]:
+    """Cut shuffled pictures into shards of equal numbers, each at most about `shard_bytes` large."""
+    ordered = sorted(rows, key=lambda row: _rank(seed, b"order", row))
+    if not ordered:
+        return []
+    count = -(-sum(sample_bytes(row.caption, bucket) for row in ordered) // shard_bytes)
+    count = min(count, len(ordered))
+    ends = [len(ordered) * (number + 1) // count for number in range(count)]
+    return [tuple(ordered[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _rank(seed: bytes, purpose: bytes, row: Row) -> tuple[bytes, str]:
+    return hashlib.sha256(_DOMAIN + purpose + seed + row.key.encode() + row.sha256.encode()).digest(), row.key
+
+
+def _counted(skipped: Sequence[Row]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in skipped_by_reason(skipped).items()) or "none"
+
+
+def skipped_by_reason(skipped: Iterable[Row]) -> Mapping[str, int]:
+    """Return how many pictures were left out for each reason, the most common first."""
+    return dict(Counter(row.skipped for row in skipped).most_common())

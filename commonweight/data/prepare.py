@@ -1,0 +1,239 @@
+"""Preparing a data set: index, plan, shards, and the curator's signed manifest. Every step goes on where it stopped."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from commonweight.data.encoders import Encoder
+from commonweight.data.index import Row, Rules, read_index, write_index
+from commonweight.data.layout import CURATOR, HELDOUT, MANIFEST, REPORT, SKIPPED, WORK
+from commonweight.data.pictures import PictureSkipped, decode
+from commonweight.data.plan import Plan, Planned, plan, skipped_by_reason
+from commonweight.data.report import report_of
+from commonweight.data.sources import Item, items_of, list_sources, read_place
+from coordinator.directory import write_file
+from diloco.shards import Halves, ShardInfo, write_shard
+from diloco.trail import merkle_root
+from protocol.canonical import canonical_json, sha256_hex
+from protocol.documents import Counted, DatasetManifest, PreparedShard, sign
+from protocol.errors import DirectoryNotEmpty, UsageError
+from protocol.keys import PrivateKey
+from protocol.limits import MAX_SHARD_BYTES
+
+_AT_ONCE: Final = 64
+"""Pictures that are encoded together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What is to be made of a source.
+
+    Args:
+        name: of the data set.
+        rules: which pictures are taken, and how they are cut.
+        encoder: makes numbers of them; goes to the processes by pickle, between processes of our own.
+        seed: 32 bytes; of the shuffling.
+        shard_bytes: about how large a shard is to be.
+        heldout: pictures kept for validation.
+        least_in_bucket: buckets with fewer pictures are given up.
+        pictures: for tables of links: the folder with the files.
+    """
+
+    name: str
+    rules: Rules
+    encoder: Encoder
+    seed: bytes
+    shard_bytes: int
+    heldout: int
+    least_in_bucket: int
+    pictures: Path | None = None
+
+    def asked(self, files: Sequence[Path]) -> dict[str, Any]:
+        """Return what identifies a preparation: these words over these files."""
+        return {
+            "rules": {**asdict(self.rules), "licences": self.rules.licences and list(self.rules.licences)},
+            "encoder": self.encoder.described(),
+            "files": [[str(path.resolve()), path.stat().st_size if path.is_file() else 0] for path in files],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a preparation is: pictures looked at, or shards made of how many."""
+
+    pictures: int = 0
+    shards: int = 0
+    of_shards: int = 0
+
+
+def prepare(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    curator: PrivateKey,
+    *,
+    processes: int,
+    on_progress: Callable[[Progress], None],
+) -> DatasetManifest:
+    """Make a data set; the same source and recipe give the same bytes, whatever the processes and the interruptions.
+
+    Raises:
+        UsageError: there is nothing to read, too few pictures are left, or another preparation lies in `out`.
+        DirectoryNotEmpty: `out` holds a finished data set.
+        PackageMissing: Pillow or pyarrow is needed.
+    """
+    if (out / MANIFEST).exists():
+        raise DirectoryNotEmpty(f"{out} holds a finished data set; nothing was changed.")
+    files = list_sources(source)
+    work = out / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    index = work / "index.jsonl"
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        write_index(
+            index,
+            _items(files, recipe.pictures),
+            recipe.rules,
+            recipe.asked(files),
+            pool,
+            processes=processes,
+            on_rows=lambda count: on_progress(Progress(pictures=count)),
+        )
+        planned = plan(
+            read_index(index),
+            seed=recipe.seed,
+            sample_bytes=recipe.encoder.sample_bytes,
+            shard_bytes=recipe.shard_bytes,
+            heldout=recipe.heldout,
+            least_in_bucket=recipe.least_in_bucket,
+        )
+        made = _make_shards(planned, out, recipe, pool, on_progress)
+    manifest = _manifest(planned, made, recipe)
+    skipped = b"".join(
+        canonical_json({"key": row.key, "reason": row.skipped, "detail": row.detail}) + b"\n" for row in planned.skipped
+    )
+    write_file(out / SKIPPED, skipped)
+    report = report_of([row for shard in planned.shards for row in shard.rows], planned.skipped)
+    write_file(out / REPORT, (json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
+    write_file(out / CURATOR, curator.public.hex.encode("ascii") + b"\n")
+    write_file(out / MANIFEST, sign(manifest, curator))
+    shutil.rmtree(work)
+    return manifest
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _items(files: Sequence[Path], pictures: Path | None) -> Iterator[Item]:
+    for path in files:
+        yield from items_of(path, pictures)
+
+
+def _make_shards(
+    planned: Plan,
+    out: Path,
+    recipe: Recipe,
+    pool: ProcessPoolExecutor,
+    on_progress: Callable[[Progress], None],
+) -> list[PreparedShard]:
+    """Make every shard that is not there yet; return all, the held-out one last."""
+    wanted = [*planned.shards, planned.heldout]
+    found: dict[int, PreparedShard] = {}
+    waiting = {}
+    for number, shard in enumerate(wanted):
+        target = out / WORK / f"{number:06d}-{_plan_digest(shard, recipe)}.json"
+        if target.exists():
+            found[number] = _prepared_before(target)
+        else:
+            name = HELDOUT if number == len(planned.shards) else None
+            waiting[pool.submit(_make_shard, shard, recipe, out, target, name)] = number
+    on_progress(Progress(shards=len(found), of_shards=len(wanted)))
+    for future in as_completed(waiting):
+        found[waiting[future]] = future.result()
+        on_progress(Progress(shards=len(found), of_shards=len(wanted)))
+    return [found[number] for number in range(len(wanted))]
+
+
+def _prepared_before(note: Path) -> PreparedShard:
+    values = json.loads(note.read_bytes())
+    licences = tuple(Counted(**licence) for licence in values.pop("licences"))
+    return PreparedShard(**values, licences=licences)
+
+
+def _plan_digest(shard: Planned, recipe: Recipe) -> str:
+    rows = b"".join(row.to_json() for row in shard.rows)
+    return hashlib.sha256(rows + canonical_json(recipe.encoder.described()) + str(shard.bucket).encode()).hexdigest()[
+        :16
+    ]
+
+
+def _make_shard(shard: Planned, recipe: Recipe, out: Path, target: Path, name: str | None) -> PreparedShard:
+    """Decode, encode and write one shard; then the note that says that it is there."""
+    latents: list[Halves] = []
+    texts: list[Halves] = []
+    pooled: list[Halves] = []
+    for start in range(0, len(shard.rows), _AT_ONCE):
+        rows = shard.rows[start : start + _AT_ONCE]
+        encoded = recipe.encoder.encode(
+            np.stack([_pixels(row, shard, recipe) for row in rows]), [row.caption for row in rows]
+        )
+        latents.append(encoded.latents)
+        texts += encoded.texts
+        pooled.append(encoded.pooled)
+    licences = Counter(row.licence for row in shard.rows)
+    captions = hashlib.sha256(b"\0".join(row.caption.encode() for row in shard.rows)).hexdigest()
+    info = ShardInfo(licence=", ".join(sorted(licences))[:200], source=recipe.rules.source, captions_digest=captions)
+    content = write_shard(np.concatenate(latents), texts, np.concatenate(pooled), info)
+    if len(content) > MAX_SHARD_BYTES:
+        raise UsageError(f"A shard would have {len(content):,} bytes, more than workers fetch; ask for smaller shards.")
+    sha256 = sha256_hex(content)
+    write_file(out / (name or f"{sha256}.safetensors"), content)
+    prepared = PreparedShard(
+        sha256=sha256,
+        size=len(content),
+        samples=len(shard.rows),
+        height=shard.bucket.height,
+        width=shard.bucket.width,
+        licences=tuple(Counted(name=name, pictures=count) for name, count in sorted(licences.items())),
+    )
+    write_file(target, canonical_json(asdict(prepared)))
+    return prepared
+
+
+def _pixels(row: Row, shard: Planned, recipe: Recipe) -> Any:
+    rules = recipe.rules
+    try:
+        content = read_place(row.place)
+        if hashlib.sha256(content).hexdigest() != row.sha256:
+            raise ValueError("it is not the file that was looked at")
+        return decode(content, (shard.bucket,), channels=rules.channels, least_side=rules.least_side).pixels
+    except (OSError, ValueError, PictureSkipped) as error:
+        raise UsageError(
+            f"{row.key} has changed since it was looked at ({error}); begin again with --restart."
+        ) from None
+
+
+def _manifest(planned: Plan, made: Sequence[PreparedShard], recipe: Recipe) -> DatasetManifest:
+    *shards, heldout = made
+    licences = sorted({licence.name for shard in made for licence in shard.licences})
+    return DatasetManifest(
+        name=recipe.name,
+        source=recipe.rules.source,
+        licence=", ".join(licences)[:200],
+        encoder=recipe.encoder.described(),
+        root=merkle_root([bytes.fromhex(shard.sha256) for shard in shards]).hex(),
+        shards=tuple(shards),
+        heldout=heldout,
+        skipped=tuple(Counted(name=name, pictures=count) for name, count in skipped_by_reason(planned.skipped).items()),
+    )

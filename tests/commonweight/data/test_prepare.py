@@ -1,0 +1,218 @@
+"""A whole preparation: what comes out, that it is the same however it was interrupted, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from commonweight.cli.main import app
+from commonweight.data.dataset import check_shards, open_dataset
+from commonweight.data.layout import MANIFEST, REPORT, SKIPPED, WORK
+from coordinator.directory import RunDirectory
+from diloco.shards import Shard
+from mmdit.conditioning import ConditioningConfig, encode_caption
+from protocol import layout
+from protocol.canonical import sha256_hex
+from protocol.errors import CommonweightError, ConfigInvalid, DatasetInvalid, DirectoryNotEmpty, UsageError
+from protocol.keys import PrivateKey
+from tests.commonweight.data.drawn import SKIPPED as EXPECTED_SKIPS
+from tests.commonweight.data.drawn import folder
+
+COUNT = 150
+RECIPE = ("--preset", "rgb32", "--licence", "CC0-1.0", "--accept", "CC0-1.0", "--accept", "CC-BY-4.0")
+SIZES = ("--heldout", "20", "--shard-mib", "0.25", "--max-tokens", "8", "--name", "shapes", "--origin", "drawn")
+
+
+def _command(source: Path, out: Path, *more: str) -> list[str]:
+    key = out.parent / "curator.pem"
+    return ["data", "prepare", str(source), "-o", str(out), *RECIPE, *SIZES, "--key", str(key), *more]
+
+
+def _invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def _refusal(*arguments: str) -> CommonweightError:
+    error = _invoke(*arguments).exception
+    assert isinstance(error, CommonweightError), error
+    return error
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("source") / "pictures", COUNT)
+
+
+@pytest.fixture(scope="module")
+def prepared(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "shapes"
+    result = _invoke(*_command(source, out, "--processes", "2"))
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def _files(out: Path) -> dict[str, str]:
+    return {path.name: sha256_hex(path.read_bytes()) for path in out.iterdir() if path.is_file()}
+
+
+def test_every_picture_is_in_one_shard_or_is_skipped_for_a_reason(prepared: Path) -> None:
+    dataset = open_dataset(prepared)
+    manifest = dataset.manifest
+    assert {reason.name: reason.pictures for reason in manifest.skipped} == EXPECTED_SKIPS
+    assert sum(shard.samples for shard in manifest.shards) == COUNT - 20
+    assert manifest.heldout.samples == 20
+    assert (manifest.name, manifest.source, manifest.licence) == ("shapes", "drawn", "CC-BY-4.0, CC0-1.0")
+    assert len(manifest.shards) > 2
+    counts = [shard.samples for shard in manifest.shards]
+    assert max(counts) - min(counts) <= 1
+    check_shards(dataset, lambda _: None)
+    skipped = [json.loads(line) for line in (prepared / SKIPPED).read_bytes().splitlines()]
+    assert {row["key"] for row in skipped} >= {"corrupt.jpg", "tiny.png", "silent.png", "zz-odd.png"}
+    assert not (prepared / WORK).exists()
+
+
+def test_samples_hold_the_pixels_and_the_captions_shuffled(prepared: Path) -> None:
+    conditioning = ConditioningConfig(kind="byte-patch", max_tokens=8, token_dim=64, pooled_dim=256)
+    known = {
+        encode_caption(f"a {colour} {shape}", conditioning)[1].tobytes(): colour
+        for colour in ("red", "green", "blue")
+        for shape in ("square", "circle")
+    }
+    channel = {"red": 0, "green": 1, "blue": 2}
+    dataset = open_dataset(prepared)
+    shard = Shard.open(dataset.path(dataset.manifest.shards[0]))
+    assert shard.widths == (3, 32, 32, 64, 256)
+    seen = []
+    for number in range(shard.n):
+        sample = shard.sample(number)
+        colour = known[sample.pooled.tobytes()]
+        seen.append(colour)
+        latent = np.asarray(sample.latent, np.float32)
+        darkest = latent.sum(axis=0).argmin()
+        assert latent.reshape(3, -1)[:, darkest].argmax() == channel[colour]
+    assert len(set(seen[:20])) == 3
+
+
+def test_one_process_and_another_order_of_work_give_the_same_bytes(
+    source: Path, prepared: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "curator.pem").write_bytes((prepared.parent / "curator.pem").read_bytes())
+    result = _invoke(*_command(source, tmp_path / "again", "--processes", "1"))
+    assert result.exit_code == 0, result.output
+    assert _files(tmp_path / "again") == _files(prepared)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(
+    source: Path, prepared: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    (tmp_path / "curator.pem").write_bytes((prepared.parent / "curator.pem").read_bytes())
+    command = [sys.executable, "-P", "-m", "commonweight", *_command(source, out, "--processes", "1")]
+    for wanted in ("index.jsonl", "0*.json"):  # while it looks at pictures, and while it writes shards
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        end = time.monotonic() + 120
+        while not list((out / WORK).glob(wanted)) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    index = out / WORK / "index.jsonl"
+    if index.exists():  # as a machine leaves it that lost its power
+        with index.open("ab") as file:
+            file.write(b'{"half a li')
+    result = _invoke(*_command(source, out, "--processes", "1"))
+    assert result.exit_code == 0, result.output
+    assert _files(out) == _files(prepared)
+
+
+def test_another_recipe_does_not_go_on_with_the_first_ones_index(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mixed"
+    few = _refusal(*_command(source, out, "--heldout", "500"))
+    assert isinstance(few, UsageError)
+    assert "500 held-out pictures" in few.message
+    assert "corrupt 2" in few.message
+    other = _refusal(*_command(source, out, "--least-side", "48"))
+    assert "--restart throws it away" in other.message
+    assert _invoke(*_command(source, out, "--least-side", "48", "--restart")).exit_code == 0
+
+
+def test_a_finished_data_set_is_never_written_over(source: Path, prepared: Path) -> None:
+    before = _files(prepared)
+    assert isinstance(_refusal(*_command(source, prepared)), DirectoryNotEmpty)
+    assert _files(prepared) == before
+
+
+def test_inspecting_says_what_is_in_it_and_what_stands_out(prepared: Path, tmp_path: Path) -> None:
+    result = _invoke("data", "inspect", str(prepared), "--sheet", str(tmp_path / "sheet.png"))
+    assert result.exit_code == 0, result.output
+    for words in (
+        "130 pictures",
+        "20 held out",
+        "32x32 150",
+        "CC0-1.0",
+        "duplicate 1",
+        "a unit that draws",
+        "curator: ",
+    ):
+        assert words in result.output
+    assert "repeated caption: 'a " in result.output
+    from PIL import Image
+
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (256, 256)
+    report = json.loads((prepared / REPORT).read_bytes())
+    assert report["pictures"] == 130
+    assert report["caption_characters"]["most"] == len("a green square")
+
+
+def _copy(prepared: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in prepared.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def test_verifying_finds_a_changed_byte_a_missing_shard_and_another_curator(prepared: Path, tmp_path: Path) -> None:
+    assert "right: " in _invoke("data", "verify", str(prepared)).output
+    stranger = PrivateKey.generate().public.hex
+    assert isinstance(_refusal("data", "verify", str(prepared), "--curator", stranger), DatasetInvalid)
+    copy = _copy(prepared, tmp_path / "copy")
+    shard = next(path for path in sorted(copy.glob("*.safetensors")))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    changed = _refusal("data", "verify", str(copy))
+    assert isinstance(changed, DatasetInvalid)
+    assert shard.name in changed.message
+    shard.unlink()
+    assert "is missing" in _refusal("data", "verify", str(copy)).message
+    (copy / MANIFEST).write_bytes(b"{}")
+    assert isinstance(_refusal("data", "verify", str(copy)), DatasetInvalid)
+    assert isinstance(_refusal("data", "verify", str(tmp_path)), UsageError)
+
+
+def test_a_run_takes_the_data_set_with_its_curator_and_publishes_what_he_signed(prepared: Path, tmp_path: Path) -> None:
+    settings = ("--set", "model.preset=rgb32", "--set", "model.max_tokens=8")
+    result = _invoke("coordinator", "init", str(tmp_path / "run"), "--data", str(prepared), *settings)
+    assert result.exit_code == 0, result.output
+    dataset = open_dataset(prepared)
+    run = RunDirectory(tmp_path / "run")
+    data = run.config().data
+    assert (data.name, data.source, data.licence) == ("shapes", "drawn", "CC-BY-4.0, CC0-1.0")
+    assert (data.curator, data.root) == (dataset.curator.hex, dataset.manifest.root)
+    assert data.manifest_sha256 == dataset.manifest_sha256
+    assert (run.public / layout.DATASET).read_bytes() == (prepared / MANIFEST).read_bytes()
+    assert [shard.sha256 for shard in data.shards] == [shard.sha256 for shard in dataset.manifest.shards]
+    other = ("--set", "model.preset=rgb32", "--set", "model.max_tokens=9")
+    refused = _refusal("coordinator", "init", str(tmp_path / "other"), "--data", str(prepared), *other)
+    assert isinstance(refused, ConfigInvalid)
+    assert "prepared with the conditioning" in refused.message
