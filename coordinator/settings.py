@@ -152,7 +152,7 @@ class Settings(BaseModel):
         """Return the embedded text encoder, as wide as the model asks for."""
         shape = self.model_shape()
         return ConditioningConfig(
-            kind="byte-patch",
+            kind=self.model.text,
             max_tokens=self.model.max_tokens,
             token_dim=shape.joint_attention_dim,
             pooled_dim=shape.pooled_projection_dim,

@@ -49,8 +49,16 @@ class ModelSettings(_Section):
         default="digits",
         description='Shape of the model, by name: "digits" (8 x 8 grey pixels) or "rgb32" (32 x 32 RGB pixels).',
     )
+    text: Literal["byte-patch", "bytes"] = Field(
+        default="byte-patch",
+        description='How captions become tokens: "byte-patch" takes four bytes at a time; "bytes" one, so that the '
+        "model sees letters one by one and can learn to spell.",
+    )
     max_tokens: int = Field(
-        default=8, ge=1, le=4096, description="Text tokens that the model sees; one is 4 bytes of caption."
+        default=8,
+        ge=1,
+        le=4096,
+        description="Text tokens that the model sees; what is longer is heard through the pooled vector alone.",
     )
 
     @field_validator("preset")

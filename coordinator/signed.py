@@ -167,6 +167,7 @@ def _as_written(config: RunConfig) -> dict[str, Any]:
         "run.weights_licence": config.weights_licence,
         "run.terms": config.terms,
         "model.preset": _preset_name(config.model),
+        "model.text": config.conditioning.get("kind"),
         "model.max_tokens": config.conditioning.get("max_tokens"),
         "data.name": config.data.name,
         "data.source": config.data.source,

@@ -1,13 +1,17 @@
-"""The embedded text encoder: bytes to fixed patterns of +1 and -1. Nothing to download, the same bits everywhere.
+"""The embedded text encoders: bytes to fixed patterns of +1 and -1. Nothing to download, the same bits everywhere.
 
-A caption's UTF-8 bytes are cut into patches of four; a patch is one token. Each byte has a pattern for its place in the
-patch, and the token ends with a pattern for its position. The pooled vector is a bag of words. All patterns come from
-SHA-256, and every value is exact in half precision.
+"bytes" makes a token of each of a caption's UTF-8 bytes, for runs that care about spelling: the model sees letters one
+by one. "byte-patch" makes one of four at a time, for captions of four times the length. Each byte has a pattern for its
+place in the token, and the token ends with a pattern for its position. The pooled vector is a bag of words. All
+patterns come from SHA-256, and every value is exact in half precision.
+
+What is trained is the model's side: its first linear map makes of the patterns whatever it needs, as an embedding table
+would, and its text stream has weights of its own in every block.
 """
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -16,7 +20,8 @@ import numpy as np
 HalfArray = np.ndarray[tuple[int, ...], np.dtype[np.float16]]
 
 _DOMAIN: Final = b"commonweight/byte-patch/v1"
-_PATCH_BYTES: Final = 4
+ByteKind = Literal["byte-patch", "bytes"]
+_BYTES_A_TOKEN: Final[Mapping[ByteKind, int]] = {"byte-patch": 4, "bytes": 1}
 _POSITION_DIM: Final = 16
 # 256 byte patterns must be distinct within a slot, and positions among themselves.
 _LEAST_BYTE_DIM: Final = 9
@@ -31,33 +36,39 @@ class ConditioningConfig:
     """How captions become numbers.
 
     Args:
-        kind: the encoder; "byte-patch" is the one embedded here.
-        max_tokens: tokens kept of a caption (four bytes each); the rest is heard only through the pooled vector.
-        token_dim: width of a token; 16 for the position, and a multiple of four for the four bytes.
+        kind: the encoder: "byte-patch" with four bytes a token, or "bytes" with one.
+        max_tokens: tokens kept of a caption; the rest is heard only through the pooled vector.
+        token_dim: width of a token; 16 for the position, and a multiple of the bytes of a token.
         pooled_dim: width of the pooled vector.
 
     Raises:
         ValueError: a value is out of range; the message names it.
     """
 
-    kind: Literal["byte-patch"]
+    kind: ByteKind
     max_tokens: int
     token_dim: int
     pooled_dim: int
 
     def __post_init__(self) -> None:
-        if self.kind != "byte-patch":
-            raise ValueError(f'conditioning kind {self.kind!r} is not known; this version has "byte-patch"')
+        if self.kind not in _BYTES_A_TOKEN:
+            known = " and ".join(f'"{kind}"' for kind in _BYTES_A_TOKEN)
+            raise ValueError(f"conditioning kind {self.kind!r} is not known; this version has {known}")
         for name, largest in (("max_tokens", _MOST_TOKENS), ("token_dim", _WIDEST), ("pooled_dim", _WIDEST)):
             value: object = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number between 1 and {largest}")
-        byte_dims = self.token_dim - _POSITION_DIM
-        if byte_dims % _PATCH_BYTES or byte_dims < _PATCH_BYTES * _LEAST_BYTE_DIM:
+        byte_dims, count = self.token_dim - _POSITION_DIM, self.bytes_a_token
+        if byte_dims % count or byte_dims < count * _LEAST_BYTE_DIM:
             raise ValueError(
-                f"token_dim {self.token_dim} leaves {byte_dims} for {_PATCH_BYTES} bytes after {_POSITION_DIM} for the "
-                f"position; it must leave a multiple of {_PATCH_BYTES}, at least {_PATCH_BYTES * _LEAST_BYTE_DIM}"
+                f"token_dim {self.token_dim} leaves {byte_dims} for {count} bytes after {_POSITION_DIM} for the "
+                f"position; it must leave a multiple of {count}, at least {count * _LEAST_BYTE_DIM}"
             )
+
+    @property
+    def bytes_a_token(self) -> int:
+        """Bytes of a caption that one token holds."""
+        return _BYTES_A_TOKEN[self.kind]
 
 
 def encode(captions: Sequence[str], config: ConditioningConfig) -> tuple[HalfArray, HalfArray]:
@@ -90,14 +101,15 @@ def encode_caption(caption: str, config: ConditioningConfig) -> tuple[HalfArray,
 
 
 def _tokens_LD(text: bytes, config: ConditioningConfig) -> HalfArray:
-    patches = [text[i : i + _PATCH_BYTES] for i in range(0, len(text), _PATCH_BYTES)][: config.max_tokens]
-    byte_dim = (config.token_dim - _POSITION_DIM) // _PATCH_BYTES
-    byte_patterns = _byte_patterns(byte_dim)
+    count = config.bytes_a_token
+    patches = [text[i : i + count] for i in range(0, len(text), count)][: config.max_tokens]
+    byte_dim = (config.token_dim - _POSITION_DIM) // count
+    byte_patterns = _byte_patterns(count, byte_dim)
     tokens_LD = np.zeros((len(patches), config.token_dim), dtype=np.float16)
     for position, patch in enumerate(patches):
         for slot, byte in enumerate(patch):  # the last patch may be short: its missing bytes stay zero
             tokens_LD[position, slot * byte_dim : (slot + 1) * byte_dim] = byte_patterns[slot, byte]
-    tokens_LD[:, _PATCH_BYTES * byte_dim :] = _position_patterns(config.max_tokens)[: len(patches)]
+    tokens_LD[:, count * byte_dim :] = _position_patterns(config.max_tokens)[: len(patches)]
     return tokens_LD
 
 
@@ -109,9 +121,9 @@ def _pooled_P(text: bytes, pooled_dim: int) -> HalfArray:
 
 
 @functools.cache
-def _byte_patterns(dim: int) -> HalfArray:
-    """[4, 256, dim]; within a slot all 256 differ, so tokens tell every text from every other."""
-    return np.stack([_distinct_patterns(b"byte/%d" % slot, 256, dim) for slot in range(_PATCH_BYTES)])
+def _byte_patterns(slots: int, dim: int) -> HalfArray:
+    """[slots, 256, dim]; within a slot all 256 differ, so tokens tell every text from every other."""
+    return np.stack([_distinct_patterns(b"byte/%d" % slot, 256, dim) for slot in range(slots)])
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.cells import Cells, say
-from benchmarks.optimisation.runs import CODEC, PATCH, Course, play
+from benchmarks.optimisation.runs import CODEC, FINAL_SHARE, PATCH, Course, play
 
 VERSION: Final = 2
 """Raise it to have everything measured again."""
@@ -36,12 +36,13 @@ class Bench:
 
 
 def _cell(course: Course, folder: Path | None) -> Outcome:
-    key = hashlib.sha256(repr((VERSION, course, CODEC, PATCH)).encode()).hexdigest()
+    other = () if course.final_share == FINAL_SHARE else (course.final_share,)
+    key = hashlib.sha256(repr((VERSION, course, CODEC, PATCH, *other)).encode()).hexdigest()
     found: Outcome = Cells(folder).get(key[:24], key, partial(play, course))
     shape = course.shape
     say(
         f"{course.method} H={shape.steps} V={shape.volunteers} rounds {course.rounds} lr {course.lr} "
-        f"momentum {course.momentum} seed {course.seed}: {final(found):.4f}"
+        f"to {course.final_share} momentum {course.momentum} seed {course.seed}: {final(found):.4f}"
     )
     return found
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -28,7 +28,7 @@ Name = Literal[
 GRADIENT_BITS: Final = 16.0
 """Data-parallel training sends and fetches gradients in bf16, as is usual."""
 FINAL_SHARE: Final = 0.3
-"""The learning rate falls in a straight line to this share of itself, round by round, with every method."""
+"""The learning rate falls in a straight line to this share of itself, round by round, if a course says nothing else."""
 WARMUP: Final = 0.25
 """Share of a unit's steps over which the rate rises, if the unit starts from no moments."""
 OUTER_LR: Final = 0.7
@@ -49,6 +49,8 @@ class Course:
     lr: float
     momentum: float = 0.0
     points: int = 20
+    final_share: float = field(default=FINAL_SHARE, repr=False)
+    """Not in `repr`, by which outcomes are found again that are older than this."""
 
     @property
     def outer(self) -> OuterConfig:
@@ -125,7 +127,7 @@ def _rates(course: Course, number: int, *, warm: bool, short: int = 0) -> Tensor
 
 
 def _ramp(course: Course, number: int, steps: int, *, warm: bool) -> list[float]:
-    lr = course.lr * (1.0 - (1.0 - FINAL_SHARE) * (number - 1) / max(1, course.rounds - 1))
+    lr = course.lr * (1.0 - (1.0 - course.final_share) * (number - 1) / max(1, course.rounds - 1))
     rising = max(1, math.ceil(steps * WARMUP)) if warm else 1
     return [lr * min(1.0, (step + 1) / rising) for step in range(steps)]
 

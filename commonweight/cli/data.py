@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -31,6 +32,13 @@ _EVERY_SECONDS: Final = 2.0
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared data set.")]
 
 
+class Text(StrEnum):
+    """How captions become tokens."""
+
+    BYTE_PATCH = "byte-patch"
+    BYTES = "bytes"
+
+
 @app.command()
 def prepare(
     source: Annotated[
@@ -44,6 +52,7 @@ def prepare(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the data set goes.")],
     preset: Annotated[str, typer.Option(help="The model that will train on it, by name; see `commonweight models`.")],
     max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="As the run's model.max_tokens.")] = 64,
+    text: Annotated[Text, typer.Option(help="As the run's model.text.")] = Text.BYTE_PATCH,
     name: Annotated[str | None, typer.Option(help="Name of the data set; default: the directory's.")] = None,
     licence: Annotated[
         str | None, typer.Option(help="Licence of pictures whose source names none; without it they are skipped.")
@@ -83,7 +92,7 @@ def prepare(
     from commonweight.data.prepare import prepare as make
 
     shape = _shape(preset)
-    encoder = _encoder(shape, preset, max_tokens)
+    encoder = _encoder(shape, preset, text, max_tokens)
     try:
         among = buckets(
             shape.sample_size,
@@ -177,7 +186,7 @@ def _shape(preset: str) -> "MMDiTConfig":
     return PRESETS[preset]
 
 
-def _encoder(shape: "MMDiTConfig", preset: str, max_tokens: int) -> "Encoder":
+def _encoder(shape: "MMDiTConfig", preset: str, text: Text, max_tokens: int) -> "Encoder":
     from commonweight.data.encoders import EmbeddedEncoder
     from mmdit.conditioning import ConditioningConfig
     from mmdit.space import PixelSpace
@@ -190,7 +199,7 @@ def _encoder(shape: "MMDiTConfig", preset: str, max_tokens: int) -> "Encoder":
     return EmbeddedEncoder(
         space=PixelSpace(channels=shape.in_channels, height=side, width=side, shift=-1.0, scale=2.0),
         conditioning=ConditioningConfig(
-            kind="byte-patch",
+            kind=text.value,
             max_tokens=max_tokens,
             token_dim=shape.joint_attention_dim,
             pooled_dim=shape.pooled_projection_dim,

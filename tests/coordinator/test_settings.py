@@ -304,6 +304,7 @@ def test_only_server_and_storage_are_not_signed() -> None:
     # and not the default.
     fixed = {"model.preset", "training.precision"}
     fitting = {
+        "model.text": "bytes",
         "training.steps": "60",
         "codec.block": "64",
         "codec.reach": "3",

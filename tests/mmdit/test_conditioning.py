@@ -51,6 +51,19 @@ def test_a_token_holds_four_bytes_and_its_position_as_plus_and_minus_one() -> No
     assert set(np.unique(pooled)) == {-0.5, 0.5}
 
 
+def test_letters_can_be_seen_one_by_one_each_with_its_place() -> None:
+    letters = ConditioningConfig(kind="bytes", max_tokens=6, token_dim=64, pooled_dim=64)
+    tokens, pooled = encode_caption("abca", letters)
+    assert tokens.shape == (4, 64)
+    assert set(np.unique(tokens)) == {-1.0, 1.0}
+    assert np.array_equal(tokens[0, :48], tokens[3, :48]), "the same letter"
+    assert not np.array_equal(tokens[0, 48:], tokens[3, 48:]), "in another place"
+    assert np.array_equal(pooled, encode_caption("abca", CONFIG)[1])
+    assert len(encode_caption("naïve caf", letters)[0]) == 6
+    alphabet = {encode_caption(chr(byte), letters)[0].tobytes() for byte in range(128)}
+    assert len(alphabet) == 128
+
+
 def test_a_long_caption_is_cut_for_tokens_but_heard_in_full_by_the_pooled_vector() -> None:
     cut, whole = "twenty-four bytes, ready", "twenty-four bytes, ready and more"
     assert len(cut) == 24
