@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from commonweight.cli import auditor, checkpoint, coordinator, data, demo, models, sample, verify, worker
+from commonweight.cli import auditor, checkpoint, coordinator, data, demo, export, models, sample, verify, worker
 from protocol.errors import Bug, CommonweightError, UsageError
 from protocol.printing import printable_text
 from worker.durable import trouble_with
@@ -34,6 +34,7 @@ app.add_typer(auditor.app, name="auditor")
 app.add_typer(data.app, name="data")
 app.add_typer(verify.app, name="verify")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.command()(export.export)
 app.command()(models.models)
 app.command()(sample.sample)
 app.command()(demo.demo)
