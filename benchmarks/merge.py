@@ -56,6 +56,7 @@ ROUNDS: Final = Rounds(
     planned=1,
     units=max(COUNTS),
     shards_per_unit=1,
+    max_bytes_per_unit=2**30,
     min_window_ms=0,
     min_units=1,
     staleness_bound=0,

@@ -299,6 +299,7 @@ def _rounds(units: int, rounds: int) -> Rounds:
         planned=rounds,
         units=units,
         shards_per_unit=1,
+        max_bytes_per_unit=2**30,
         min_window_ms=0,
         min_units=max(1, units * 3 // 4),
         staleness_bound=2,

@@ -95,8 +95,11 @@ async def _build(wiring: Wiring, settler: SettlerClient, writer: ThreadPoolExecu
         int(facts["delta_bytes"]),
         settings.storage,
     )
-    # What a merge writes: weights, momentum and residual. An upload must never take the room that its own merge needs.
-    one_merge = 3 * (wiring.directory.checkpoint(0) / layout.WEIGHTS).stat().st_size
+    # What a merge writes: weights, momentum, residual, and the running average. An upload must never take the room that
+    # its own merge needs.
+    one_merge = (4 if identity.config.outer.ema_decay else 3) * (
+        wiring.directory.checkpoint(0) / layout.WEIGHTS
+    ).stat().st_size
     control = Control(
         desk=desk,
         blobs=DirectoryBlobs(wiring.directory.blobs),

@@ -37,11 +37,12 @@ class Forecast:
     snapshot_every: int
     kept_states: int
     min_window_seconds: float
+    averages: bool
 
     @property
     def state(self) -> int:
-        """A round's whole state: weights, outer momentum and residual."""
-        return 3 * self.weights
+        """A round's whole state: weights, outer momentum, residual, and the running average if there is one."""
+        return (4 if self.averages else 3) * self.weights
 
     @property
     def deltas(self) -> int:
@@ -74,7 +75,10 @@ class Forecast:
         length = f"{self.planned:,} rounds of {self.units:,} units, keeping {kept}"
         return (
             f"model: {self.parameters:,} parameters; {state}",
-            f"bytes a unit: a delta of at most {delta} up, a patch of at most {show_bytes(self.patch)} down a round",
+            (
+                f"bytes a unit: a delta of at most {delta} up, {show_bytes(self.shards_per_unit)} of shards down unless "
+                f"they are there already, and a patch of at most {show_bytes(self.patch)} a round"
+            ),
             f"disk: {show_bytes(self.disk_per_round)} a round; {show_bytes(self.disk_in_all)} for {length}",
             f"uplink: at most {show_bytes(self.uplink_per_round)} a round to volunteers{self._rate()}",
             f"downlink: {show_bytes(self.deltas)} a round from volunteers",
@@ -107,6 +111,7 @@ def forecast(config: RunConfig, *, retain_rounds: int, snapshot_every: int) -> F
         retain_rounds=retain_rounds,
         snapshot_every=snapshot_every,
         kept_states=config.rounds.staleness_bound + 2,
+        averages=config.outer.ema_decay > 0,
         min_window_seconds=config.rounds.min_window_ms / 1000,
     )
 

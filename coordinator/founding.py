@@ -56,7 +56,7 @@ from protocol.errors import (
     ShardCorrupt,
 )
 from protocol.keys import PrivateKey, PublicKey
-from protocol.limits import DELEGATION_MS, MAX_SHARD_BYTES
+from protocol.limits import DELEGATION_MS, MAX_SHARD_BYTES, MIB
 
 SEED_BYTES: Final = 32
 _MARKER: Final = "root.pub"
@@ -265,6 +265,7 @@ def _build(
         curated=None if data.dataset is None else data.dataset.curated,
     )
     _check_distinct(config)
+    _check_unit_bytes(config)
     if data.dataset is not None:
         _check_curated(config, data.dataset)
     run = RunId(str(root.public.key_id))
@@ -348,6 +349,17 @@ def _add_shard(path: Path, public: Path) -> ShardRef:
     shard = Shard.open(content)
     _, height, width, _, _ = shard.widths
     return ShardRef(sha256=sha256, size=len(content), samples=shard.n, height=height, width=width)
+
+
+def _check_unit_bytes(config: RunConfig) -> None:
+    largest = sorted((shard.size for shard in config.data.shards), reverse=True)
+    asked = sum(largest[: config.rounds.shards_per_unit])
+    if asked > config.rounds.max_bytes_per_unit:
+        raise ConfigInvalid(
+            f"rounds.shards_per_unit is {config.rounds.shards_per_unit}, which can make a unit fetch {asked:,} bytes, "
+            f"but rounds.max_mib_per_unit is {config.rounds.max_bytes_per_unit // MIB}: lower the first, raise the "
+            "second, or prepare smaller shards."
+        )
 
 
 def _check_curated(config: RunConfig, dataset: SignedDataset) -> None:

@@ -213,6 +213,12 @@ class RoundsSettings(_Section):
     shards_per_unit: int = Field(
         default=2, ge=1, le=65_536, description="Data shards that a unit draws its samples from."
     )
+    max_mib_per_unit: int = Field(
+        default=1024,
+        ge=1,
+        le=2**20,
+        description="Most data (MiB) that a unit may ask a volunteer to fetch; `init` refuses larger shards.",
+    )
     min_window_seconds: float = Field(
         default=60.0,
         ge=0,

@@ -22,7 +22,7 @@ from protocol.documents import (
     Training,
     Verification,
 )
-from protocol.limits import SECOND_MS
+from protocol.limits import MIB, SECOND_MS
 
 DROPOUT_ONE: Final = 2**16
 """`Training.text_dropout` of a share of one."""
@@ -136,6 +136,7 @@ def _rounds(settings: Settings) -> Rounds:
         planned=rounds.planned,
         units=rounds.units,
         shards_per_unit=rounds.shards_per_unit,
+        max_bytes_per_unit=rounds.max_mib_per_unit * MIB,
         min_window_ms=round(rounds.min_window_seconds * SECOND_MS),
         min_units=rounds.min_units,
         staleness_bound=rounds.staleness_bound,
@@ -159,6 +160,7 @@ def _as_written(config: RunConfig) -> dict[str, Any]:
         verification[name] = _share(verification[name], SHARE_ONE)
     training["short_share"] = _share(config.training.short_share, SHARE_ONE)
     training["text_dropout"] = _share(config.training.text_dropout, DROPOUT_ONE)
+    rounds["max_mib_per_unit"] = rounds.pop("max_bytes_per_unit") // MIB
     rounds["staleness_discount"] = _share(config.rounds.staleness_discount, SHARE_ONE)
     for name in ("min_window", "lease", "upload"):
         rounds[f"{name}_seconds"] = rounds.pop(f"{name}_ms") / SECOND_MS

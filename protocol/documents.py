@@ -301,11 +301,15 @@ class OuterStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
-    """When a round closes, and what becomes of late work. `staleness_discount` counts in 2^-24 per round."""
+    """When a round closes, and what becomes of late work. `staleness_discount` counts in 2^-24 per round.
+
+    `max_bytes_per_unit` is the most that the shards of a unit may have together.
+    """
 
     planned: Annotated[int, Field(ge=1, le=10_000_000)]
     units: Annotated[int, Field(ge=1, le=1_000_000)]
     shards_per_unit: Annotated[int, Field(ge=1, le=65_536)]
+    max_bytes_per_unit: Positive
     min_window_ms: Count
     min_units: Positive
     staleness_bound: Annotated[int, Field(ge=0, le=1_000)]

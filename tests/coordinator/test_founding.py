@@ -171,6 +171,18 @@ def test_two_foundings_do_not_share_a_directory(founding: Founding, tmp_path: Pa
         founding()
 
 
+def test_a_unit_may_not_ask_a_volunteer_for_more_than_the_run_allows(founding: Founding, tmp_path: Path) -> None:
+    split = load_digits().train
+    every = list(range(len(split.labels)))
+    (tmp_path / "large").write_bytes(shard_bytes(split, every, Settings().conditioning()))
+    asked = ("rounds.shards_per_unit=1", "rounds.max_mib_per_unit=1")
+    with pytest.raises(
+        ConfigInvalid, match=r"can make a unit fetch 1,\d{3},\d{3} bytes, but rounds.max_mib_per_unit is 1"
+    ):
+        founding(*asked, shards=[tmp_path / "large"])
+    assert founding(asked[0], "rounds.max_mib_per_unit=2", shards=[tmp_path / "large"], name="other")
+
+
 def test_data_that_does_not_fit_the_settings_is_refused_with_both_values(
     founding: Founding, tmp_path: Path, data: tuple[list[Path], Path]
 ) -> None:

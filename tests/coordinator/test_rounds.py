@@ -38,6 +38,7 @@ RULES = Rounds(
     planned=3,
     units=4,
     shards_per_unit=1,
+    max_bytes_per_unit=2**30,
     min_window_ms=10_000,
     min_units=2,
     staleness_bound=2,

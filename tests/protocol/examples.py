@@ -111,6 +111,7 @@ def run_config(*, shards: int = 5, shards_per_unit: int = 2, units: int = 4, pla
             planned=planned,
             units=units,
             shards_per_unit=shards_per_unit,
+            max_bytes_per_unit=2**30,
             min_window_ms=0,
             min_units=4,
             staleness_bound=3,

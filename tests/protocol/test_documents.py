@@ -128,15 +128,15 @@ GOLDEN = {
     "OwnerRevocation": "4d6f00807a6db35e",
     "Endpoint": "8b84b4caeb8afd1e",
     "SessionProof": "fc816c6eddabd9b5",
-    "RunConfig": "7fdeace6e428a6fa",
-    "Lease": "2fe18e569b5263df",
-    "Claim": "91212ecac7714f0f",
-    "ClaimReceipt": "bf1a73293ea64f2d",
-    "BytesReceipt": "f946ccbea8aa0ad0",
-    "Verdict": "48385de0e8da558f",
-    "Opinion": "a4adda2c7046b39a",
+    "RunConfig": "4c7f21448a207250",
+    "Lease": "6fa412119a46a2a7",
+    "Claim": "b7f00251f1b29293",
+    "ClaimReceipt": "8d5498b97b034106",
+    "BytesReceipt": "4e373bb8095f8eb9",
+    "Verdict": "86b355a5312c30b9",
+    "Opinion": "e2dbee1a80cfb894",
     "DatasetManifest": "953f990b27ab9ae3",
-    "Manifest": "200c8d59bd7f7688",
+    "Manifest": "873921428b7b508d",
 }
 
 

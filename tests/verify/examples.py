@@ -163,6 +163,7 @@ def run_config(genesis_sha256: str, verification: Verification = REPLAY) -> RunC
             planned=2,
             units=3,
             shards_per_unit=2,
+            max_bytes_per_unit=2**30,
             min_window_ms=0,
             min_units=2,
             staleness_bound=1,
