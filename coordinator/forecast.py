@@ -76,8 +76,8 @@ class Forecast:
         return (
             f"model: {self.parameters:,} parameters; {state}",
             (
-                f"bytes a unit: a delta of at most {delta} up, {show_bytes(self.shards_per_unit)} of shards down unless "
-                f"they are there already, and a patch of at most {show_bytes(self.patch)} a round"
+                f"bytes a unit: a delta of at most {delta} up, {show_bytes(self.shards_per_unit)} of shards down "
+                f"unless they are there already, and a patch of at most {show_bytes(self.patch)} a round"
             ),
             f"disk: {show_bytes(self.disk_per_round)} a round; {show_bytes(self.disk_in_all)} for {length}",
             f"uplink: at most {show_bytes(self.uplink_per_round)} a round to volunteers{self._rate()}",
