@@ -5,6 +5,7 @@ Text is stored without padding: sample i owns rows text_offsets[i] to text_offse
 """
 
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +184,8 @@ class ShardSet:
 def _mapped(source: Path | bytes) -> bytes | mmap.mmap:
     if isinstance(source, bytes):
         return source
-    with source.open("rb") as file:
+    # Without O_NONBLOCK the opening of a named pipe, which has no size to be mapped, would wait for a writer.
+    with os.fdopen(os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # an empty file is a ValueError
 
 

@@ -194,7 +194,7 @@ class PreparedShard:
     """A shard of a prepared data set: as in a run config, with its pictures' size in pixels and their licences."""
 
     sha256: Hex32
-    size: Count
+    size: Positive
     samples: Annotated[int, Field(ge=1, le=2**32)]
     height: Positive
     width: Positive

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from protocol.errors import DirectoryNotEmpty, UsageError
+from protocol.printing import printable
 
 if TYPE_CHECKING:
     from commonweight.data.dataset import Dataset
@@ -42,6 +43,9 @@ def init(
             f"(*.safetensors) with {HELDOUT} among them."
         ),
     ] = "digits",
+    curator: Annotated[
+        str | None, typer.Option(help="The public key, 64 hex digits, that must have signed for a prepared data set.")
+    ] = None,
     shards: Annotated[int, typer.Option(min=1, help="Training shards to cut the digits into.")] = 8,
     root_key: Annotated[
         Path | None, typer.Option(help="Where the run's root key goes [default: beside DIR, DIR-root.pem].")
@@ -70,7 +74,7 @@ def init(
     run = RunDirectory(directory)
     if run.holds_run:
         raise DirectoryNotEmpty(f"{run.root} holds a run already; nothing was changed.")
-    dataset = _dataset(data)
+    dataset = _dataset(data, curator)
     overrides = [*_calibrated(calibration), *_described(dataset), *(settings or [])]
     if run.settings_file.exists():
         chosen = Settings.load(run.settings_file, overrides)
@@ -254,15 +258,18 @@ def _seed(text: str) -> bytes:
     return raw
 
 
-def _dataset(data: str) -> "Dataset | None":
+def _dataset(data: str, curator: str | None) -> "Dataset | None":
     """Return the prepared data set that `--data` names, every byte checked; None for something else."""
     from commonweight.data.layout import MANIFEST
 
     if data == "digits" or not (Path(data) / MANIFEST).is_file():
+        if curator is not None:
+            raise UsageError(f"--curator is given, but nobody has signed for {data}: there is no {MANIFEST} in it.")
         return None
     from commonweight.data.dataset import check_shards, open_dataset
+    from protocol.keys import PublicKey
 
-    dataset = open_dataset(Path(data))
+    dataset = open_dataset(Path(data), None if curator is None else PublicKey.from_hex(curator))
     check_shards(dataset, lambda _: None)
     return dataset
 
@@ -332,9 +339,10 @@ def _show_new_run(
         f"  commonweight coordinator serve {given}",
         f"  commonweight worker start --join {join or 'TOKEN     (`serve` prints the token)'}",
     ]
-    typer.echo("\n".join(lines))
+    typer.echo("\n".join(printable(line) for line in lines))
 
 
 def _show_data(data: "DataSet") -> str:
     samples = sum(shard.samples for shard in data.shards)
-    return f"{data.name}, {samples:,} samples in {len(data.shards)} shards, {data.heldout.samples:,} held out"
+    curated = "" if data.curator is None else f", signed by the curator {data.curator}"
+    return f"{data.name}, {samples:,} samples in {len(data.shards)} shards, {data.heldout.samples:,} held out{curated}"

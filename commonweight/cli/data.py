@@ -1,7 +1,6 @@
 """`commonweight data`: pictures and captions become shards with a signed manifest; looking at them, checking them."""
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from protocol.errors import UsageError
+from protocol.errors import DatasetInvalid, UsageError
 from protocol.printing import printable
 
 if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
@@ -27,6 +26,7 @@ app = typer.Typer(no_args_is_help=True, help="Prepare, inspect and check data se
 
 _MIB: Final = 1 << 20
 _MOST_CAPTION: Final = 4096
+_MOST_REPORT_BYTES: Final = 16 << 20
 _SHEET: Final = 64
 _EVERY_SECONDS: Final = 2.0
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared data set.")]
@@ -86,9 +86,8 @@ def prepare(
     is skipped, and why, stands in skipped.jsonl; what a curator should look at before publishing, in report.json.
     """
     from commonweight.data.index import Rules
-    from commonweight.data.layout import WORK
     from commonweight.data.pictures import buckets
-    from commonweight.data.prepare import Recipe
+    from commonweight.data.prepare import Recipe, begin_again
     from commonweight.data.prepare import prepare as make
 
     shape = _shape(preset)
@@ -102,8 +101,10 @@ def prepare(
         )
     except ValueError as error:
         raise UsageError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
+    if licence is not None and not licence.strip():
+        raise UsageError("--licence is empty; leave it out to skip pictures that name none.")
     if restart:
-        shutil.rmtree(out / WORK, ignore_errors=True)
+        begin_again(out)
     rules = Rules(
         among=among,
         channels=encoder.channels,
@@ -145,14 +146,18 @@ def inspect(
 
     from commonweight.data.dataset import open_dataset
     from commonweight.data.layout import REPORT
+    from verify.plain_files import read_plain
 
     dataset = open_dataset(directory)
     _show(directory, dataset.manifest, None)
     typer.echo(f"curator: {dataset.curator.key_id}; root {dataset.manifest.root}")
     report = directory / REPORT
     if report.is_file():
-        found = json.loads(report.read_bytes())
-        for line in _suspicions(found):
+        try:
+            lines = list(_suspicions(json.loads(read_plain(report, _MOST_REPORT_BYTES))))
+        except (OSError, ValueError, TypeError, KeyError, IndexError, AssertionError, AttributeError):
+            lines = [f"{REPORT} can't be read"]  # nobody has signed for it
+        for line in lines:
             typer.echo(printable(line))
     if sheet is not None:
         count = _write_sheet(dataset, sheet)
@@ -302,16 +307,22 @@ def _write_sheet(dataset: "Dataset", path: Path) -> int:
 
     import numpy as np
 
+    from commonweight.data.dataset import check_shard
     from commonweight.png import png_bytes
     from diloco.shards import Shard
     from mmdit.space import PixelSpace
     from worker.durable import trouble_with
 
     shards = dataset.manifest.shards
-    space = PixelSpace(**{name: value for name, value in dataset.manifest.encoder["space"].items() if name != "kind"})
+    try:
+        described = dict(dataset.manifest.encoder["space"])
+        space = PixelSpace(**{name: value for name, value in described.items() if name != "kind"})
+    except (KeyError, TypeError, ValueError) as error:
+        raise DatasetInvalid(f"The manifest's space can't be drawn in: {error}.") from None
     each = math.ceil(_SHEET / len(shards))
     found = []
     for shard in shards[:_SHEET]:
+        check_shard(dataset, shard)
         opened = Shard.open(dataset.path(shard))
         found += list(space.decode(np.asarray(opened.latent[:each], dtype=np.float32)))
     found = found[:_SHEET]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
 
 _SIZE: Final = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _MOST_PICTURES: Final = 1000
+_MOST_INIT_PIXELS: Final = 80_000_000
+_MOST_PIXELS: Final = 1 << 28
+"""Of all pictures of a command together, as they are written."""
 
 
 class Device(StrEnum):
@@ -108,6 +111,8 @@ def sample(
     loaded = _load(place, target, raw=raw)
     weaker = None if older is None else _load(older, target, raw=raw)
     width, height = _sizes(size) or (loaded.space.width, loaded.space.height)
+    if len(captions) * count * width * height * enlarge**2 > _MOST_PIXELS:
+        raise UsageError(f"That would be more than {_MOST_PIXELS:,} pixels; lower --count, --size or --enlarge.")
     drawing = Drawing(
         seed=seed,
         steps=steps,
@@ -180,12 +185,17 @@ def _read_picture(path: Path, width: int, height: int, channels: int) -> "ByteIm
     """Read any picture, cut to the proportions and resized; uint8 [height, width, channels]."""
     import numpy as np
 
+    from commonweight.data.pictures import known_formats
+    from verify.plain_files import open_plain
+
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError:
         raise UsageError("--init needs Pillow to read pictures; install commonweight[demo].") from None
     try:
-        with Image.open(path) as opened:
+        with open_plain(path) as file, Image.open(file, formats=known_formats()) as opened:
+            if opened.width * opened.height > _MOST_INIT_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
             upright = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise UsageError(f"--init {path} can't be read as a picture: {error}.") from None

@@ -1,5 +1,6 @@
 """A prepared data set, read back: who signed for it, and whether every byte is what was signed for."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from protocol.errors import DatasetInvalid, DocumentRefused, ShardCorrupt, Usage
 from protocol.keys import PublicKey
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
 from verify.admission import file_sha256
-from verify.plain_files import read_plain
+from verify.plain_files import open_plain, read_plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +75,12 @@ def check_shards(dataset: Dataset, on_shard: Callable[[int], None]) -> None:
     """Hash and open every shard; call `on_shard` with the number of those that held.
 
     Raises:
-        DatasetInvalid: one is missing, changed, or not what the manifest says of it.
+        DatasetInvalid: one is missing, changed, or not what the manifest says of it; or one lies there that nobody has
+            signed for.
     """
+    named = {dataset.path(shard).name for shard in (*dataset.manifest.shards, dataset.manifest.heldout)}
+    if strays := sorted(path.name for path in dataset.directory.glob("*.safetensors") if path.name not in named):
+        raise DatasetInvalid(f"{strays[0]} lies there, and nobody has signed for it; nor for {len(strays) - 1} others.")
     for number, shard in enumerate((*dataset.manifest.shards, dataset.manifest.heldout), start=1):
         check_shard(dataset, shard)
         on_shard(number)
@@ -85,11 +90,15 @@ def check_shard(dataset: Dataset, shard: PreparedShard) -> None:
     """Hold one shard to its entry; raise `DatasetInvalid`."""
     path = dataset.path(shard)
     try:
-        if path.stat().st_size != shard.size or file_sha256(path) != shard.sha256:
+        with open_plain(path) as file:
+            whole = os.fstat(file.fileno()).st_size == shard.size
+        if not whole or file_sha256(path) != shard.sha256:
             raise DatasetInvalid(f"{path.name} is not the file that was signed for; copy it again.")
         opened = Shard.open(path)
     except FileNotFoundError:
         raise DatasetInvalid(f"{path.name} is missing; copy it again.") from None
+    except OSError as error:
+        raise DatasetInvalid(f"{path.name} can't be read: {error.strerror}.") from None
     except ShardCorrupt as error:
         raise DatasetInvalid(f"{path.name}: {error.message}") from None
     if opened.n != shard.samples or sum(licence.pictures for licence in shard.licences) != shard.samples:

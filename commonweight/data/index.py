@@ -90,6 +90,8 @@ def look(item: Item, rules: Rules) -> Row:
 
 
 def _look(item: Item, rules: Rules) -> Row:
+    if item.problem is not None:
+        raise PictureSkipped("unreadable", item.problem[:200])
     if not item.caption:
         raise PictureSkipped("no caption", "neither beside it nor in it")
     licence = item.licence or rules.licence
@@ -131,7 +133,7 @@ def write_index(
     processes: int,
     on_rows: Callable[[int], None],
 ) -> None:
-    """Write the index, or go on with it.
+    """Write the index, or go on with it: pictures whose keys stand there already are not looked at again.
 
     Args:
         path: of the index.
@@ -145,11 +147,13 @@ def write_index(
     Raises:
         UsageError: the file belongs to another preparation.
     """
-    done = _resume(path, asked)
+    keys = _resume(path, asked)
+    done = len(keys)
     on_rows(done)
+    remaining = _after(iter(items), keys, path)
     with path.open("ab") as file:
         waiting: deque[tuple[int, Future[bytes]]] = deque()
-        for batch in _batches(itertools.islice(items, done, None)):
+        for batch in _batches(remaining):
             waiting.append((len(batch), pool.submit(_look_at_all, batch, rules)))
             if len(waiting) >= _AHEAD * processes:
                 done += _take(file, waiting)
@@ -172,25 +176,40 @@ def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _resume(path: Path, asked: dict[str, Any]) -> int:
-    """Return how many whole rows there are; cut off what is not whole."""
+def _after(items: Iterator[Item], keys: Sequence[str], path: Path) -> Iterator[Item]:
+    """Pass over the items that the index has, which must still be the source's first ones; return the others."""
+    for key in keys:
+        item = next(items, None)
+        if item is None or item.key != key:
+            raise _other_preparation(path)
+    return items
+
+
+def _other_preparation(path: Path) -> UsageError:
+    return UsageError(
+        f"{path.parent.parent} holds the beginning of another preparation, or of another state of the source; "
+        "--restart throws it away."
+    )
+
+
+def _resume(path: Path, asked: dict[str, Any]) -> list[str]:
+    """Return the keys of the rows that are there; cut off a row that is not whole."""
     head = canonical_json(asked) + b"\n"
     if not path.exists():
         path.write_bytes(head)
-        return 0
+        return []
     with path.open("r+b") as file:
         if file.readline() != head:
-            raise UsageError(
-                f"{path.parent.parent} holds the beginning of another preparation, or of another state of the source; "
-                "--restart throws it away."
-            )
-        rows, whole = 0, file.tell()
+            raise _other_preparation(path)
+        keys: list[str] = []
+        whole = file.tell()
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            rows, whole = rows + 1, whole + len(line)
+            keys.append(Row.from_json(line).key)
+            whole += len(line)
         file.truncate(whole)
-    return rows
+    return keys
 
 
 def read_index(path: Path) -> Iterator[Row]:

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from mmdit.space import ByteImages
 from protocol.errors import PackageMissing
 
+FORMATS: Final = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""Others have decoders that start programs (EPS runs Ghostscript) or that hardly anybody has tried on hostile files."""
 _MOST_PIXELS: Final = 256_000_000
 _HASH_SIDE: Final = 8
 
@@ -23,6 +25,14 @@ class PictureSkipped(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+def known_formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this machine's Pillow can read."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -103,7 +113,7 @@ def decode(content: bytes, among: tuple[Bucket, ...], *, channels: int, least_si
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as opened:
+            with Image.open(io.BytesIO(content), formats=known_formats()) as opened:
                 if opened.width * opened.height > _MOST_PIXELS:
                     raise PictureSkipped("corrupt", f"{opened.width} x {opened.height} pixels are too many")
                 upright = ImageOps.exif_transpose(opened)

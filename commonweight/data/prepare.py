@@ -1,11 +1,16 @@
 """Preparing a data set: index, plan, shards, and the curator's signed manifest. Every step goes on where it stopped."""
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,9 +30,10 @@ from diloco.shards import Halves, ShardInfo, write_shard
 from diloco.trail import merkle_root
 from protocol.canonical import canonical_json, sha256_hex
 from protocol.documents import Counted, DatasetManifest, PreparedShard, sign
-from protocol.errors import DirectoryNotEmpty, UsageError
+from protocol.errors import DirectoryInUse, DirectoryNotEmpty, UsageError
 from protocol.keys import PrivateKey
-from protocol.limits import MAX_SHARD_BYTES
+from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES, MAX_SHARD_BYTES
+from verify.admission import file_sha256
 
 _AT_ONCE: Final = 64
 """Pictures that are encoded together."""
@@ -89,15 +95,59 @@ def prepare(
     Raises:
         UsageError: there is nothing to read, too few pictures are left, or another preparation lies in `out`.
         DirectoryNotEmpty: `out` holds a finished data set.
+        DirectoryInUse: another process prepares it.
         PackageMissing: Pillow or pyarrow is needed.
     """
     if (out / MANIFEST).exists():
         raise DirectoryNotEmpty(f"{out} holds a finished data set; nothing was changed.")
     files = list_sources(source)
-    work = out / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    index = work / "index.jsonl"
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    with _alone(out / WORK):
+        planned, made = _work(files, out, recipe, processes, on_progress)
+        manifest = _manifest(planned, made, recipe)
+        envelope = sign(manifest, curator)
+        if len(envelope) > MAX_PUBLIC_DOCUMENT_BYTES:
+            raise UsageError(
+                f"The manifest would have {len(envelope):,} bytes; make larger shards, with fewer licences."
+            )
+        _finish(out, planned, made, envelope, curator)
+    shutil.rmtree(out / WORK)
+    return manifest
+
+
+def begin_again(out: Path) -> None:
+    """Throw away what an unfinished preparation has left; a finished data set is not touched.
+
+    Raises:
+        DirectoryInUse: another process is at it.
+    """
+    if (out / MANIFEST).exists() or not (out / WORK).is_dir():
+        return
+    with _alone(out / WORK):
+        for path in (*out.glob("*.safetensors"), *(out / name for name in (CURATOR, REPORT, SKIPPED))):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(out / WORK)
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Hold the directory for this process; raise `DirectoryInUse` if another one has it."""
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DirectoryInUse(f"Another process prepares {work.parent} now; wait for it.") from None
+        yield
+
+
+def _work(
+    files: Sequence[Path], out: Path, recipe: Recipe, processes: int, on_progress: Callable[[Progress], None]
+) -> tuple[Plan, list[PreparedShard]]:
+    """Index, plan and make every shard, under the working folder."""
+    index = out / WORK / "index.jsonl"
+    with ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+    ) as pool:
         write_index(
             index,
             _items(files, recipe.pictures),
@@ -115,8 +165,16 @@ def prepare(
             heldout=recipe.heldout,
             least_in_bucket=recipe.least_in_bucket,
         )
-        made = _make_shards(planned, out, recipe, pool, on_progress)
-    manifest = _manifest(planned, made, recipe)
+        return planned, _make_shards(planned, out, recipe, pool, on_progress)
+
+
+def _finish(out: Path, planned: Plan, made: Sequence[PreparedShard], envelope: bytes, curator: PrivateKey) -> None:
+    """Move the shards to their places, and the manifest last; can be repeated."""
+    for number, shard in enumerate(made):
+        target = out / (HELDOUT if number == len(planned.shards) else f"{shard.sha256}.safetensors")
+        found = _shard_path(out, shard.sha256)
+        if found.exists():
+            found.rename(target)
     skipped = b"".join(
         canonical_json({"key": row.key, "reason": row.skipped, "detail": row.detail}) + b"\n" for row in planned.skipped
     )
@@ -124,15 +182,26 @@ def prepare(
     report = report_of([row for shard in planned.shards for row in shard.rows], planned.skipped)
     write_file(out / REPORT, (json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
     write_file(out / CURATOR, curator.public.hex.encode("ascii") + b"\n")
-    write_file(out / MANIFEST, sign(manifest, curator))
-    shutil.rmtree(work)
-    return manifest
+    write_file(out / MANIFEST, envelope)
 
 
-def _one_thread() -> None:
+def _shard_path(out: Path, sha256: str) -> Path:
+    """Return where a shard lies until all are there."""
+    return out / WORK / f"{sha256}.safetensors"
+
+
+def _begin(parent: int) -> None:
+    """What each process does first: use one thread, and end when the one that started it is gone."""
     import torch
 
     torch.set_num_threads(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(3)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
 def _items(files: Sequence[Path], pictures: Path | None) -> Iterator[Item]:
@@ -152,12 +221,12 @@ def _make_shards(
     found: dict[int, PreparedShard] = {}
     waiting = {}
     for number, shard in enumerate(wanted):
-        target = out / WORK / f"{number:06d}-{_plan_digest(shard, recipe)}.json"
-        if target.exists():
-            found[number] = _prepared_before(target)
+        note = out / WORK / f"{number:06d}-{_plan_digest(shard, recipe)}.json"
+        before = _prepared_before(note, out)
+        if before is not None:
+            found[number] = before
         else:
-            name = HELDOUT if number == len(planned.shards) else None
-            waiting[pool.submit(_make_shard, shard, recipe, out, target, name)] = number
+            waiting[pool.submit(_make_shard, shard, recipe, out, note)] = number
     on_progress(Progress(shards=len(found), of_shards=len(wanted)))
     for future in as_completed(waiting):
         found[waiting[future]] = future.result()
@@ -165,10 +234,17 @@ def _make_shards(
     return [found[number] for number in range(len(wanted))]
 
 
-def _prepared_before(note: Path) -> PreparedShard:
-    values = json.loads(note.read_bytes())
-    licences = tuple(Counted(**licence) for licence in values.pop("licences"))
-    return PreparedShard(**values, licences=licences)
+def _prepared_before(note: Path, out: Path) -> PreparedShard | None:
+    """Return what a note says, if the shard that it speaks of is there, whole."""
+    try:
+        values = json.loads(note.read_bytes())
+        licences = tuple(Counted(**licence) for licence in values.pop("licences"))
+        shard = PreparedShard(**values, licences=licences)
+        places = (_shard_path(out, shard.sha256), out / f"{shard.sha256}.safetensors", out / HELDOUT)
+        found = next((place for place in places if place.is_file() and file_sha256(place) == shard.sha256), None)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return None if found is None else shard
 
 
 def _plan_digest(shard: Planned, recipe: Recipe) -> str:
@@ -178,7 +254,7 @@ def _plan_digest(shard: Planned, recipe: Recipe) -> str:
     ]
 
 
-def _make_shard(shard: Planned, recipe: Recipe, out: Path, target: Path, name: str | None) -> PreparedShard:
+def _make_shard(shard: Planned, recipe: Recipe, out: Path, note: Path) -> PreparedShard:
     """Decode, encode and write one shard; then the note that says that it is there."""
     latents: list[Halves] = []
     texts: list[Halves] = []
@@ -198,7 +274,7 @@ def _make_shard(shard: Planned, recipe: Recipe, out: Path, target: Path, name: s
     if len(content) > MAX_SHARD_BYTES:
         raise UsageError(f"A shard would have {len(content):,} bytes, more than workers fetch; ask for smaller shards.")
     sha256 = sha256_hex(content)
-    write_file(out / (name or f"{sha256}.safetensors"), content)
+    write_file(_shard_path(out, sha256), content)
     prepared = PreparedShard(
         sha256=sha256,
         size=len(content),
@@ -207,7 +283,7 @@ def _make_shard(shard: Planned, recipe: Recipe, out: Path, target: Path, name: s
         width=shard.bucket.width,
         licences=tuple(Counted(name=name, pictures=count) for name, count in sorted(licences.items())),
     )
-    write_file(target, canonical_json(asdict(prepared)))
+    write_file(note, canonical_json(asdict(prepared)))
     return prepared
 
 

@@ -2,9 +2,15 @@
 
 A source gives its items in one fixed order, so that a preparation that was broken off goes on where it stopped. An item
 says where its bytes lie; they are read later, by another process.
+
+A source may have come from a stranger. Only plain files that lie in it are read: a link or an id that leads elsewhere
+would put a curator's own files into a public data set.
 """
 
+import errno
+import functools
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from protocol.errors import PackageMissing, UsageError
+from verify.plain_files import open_plain
 
 PICTURES: Final = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 TAR: Final = ".tar"
@@ -20,6 +27,7 @@ _MOST_SIDECAR_BYTES: Final = 1 << 20
 _MOST_PICTURE_BYTES: Final = 256 << 20
 _CAPTIONS: Final = ("caption", "text", "prompt", "description")
 _ROWS: Final = 256
+_LICENCE: Final = ("license", "licence")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +42,17 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One picture as its source describes it. `caption`, `licence` and `source` are None where it says nothing."""
+    """One picture as its source describes it. `caption`, `licence` and `source` are None where it says nothing.
+
+    `problem` says why nothing can be known of it, if so: a default licence must not stand in for an unreadable one.
+    """
 
     key: str
     place: Place
-    caption: str | None
-    licence: str | None
-    source: str | None
+    caption: str | None = None
+    licence: str | None = None
+    source: str | None = None
+    problem: str | None = None
 
 
 def list_sources(path: Path) -> list[Path]:
@@ -53,7 +65,7 @@ def list_sources(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UsageError(f"{path} is neither a folder nor a .tar or .parquet file.")
-    packed = sorted(found for found in path.rglob("*") if found.suffix in (TAR, PARQUET) and found.is_file())
+    packed = sorted(found for found in path.rglob("*") if found.suffix in (TAR, PARQUET) and _is_plain(found))
     if packed:
         return packed
     if not any(found.suffix.lower() in PICTURES for found in path.rglob("*")):
@@ -88,51 +100,73 @@ def read_place(place: Place) -> bytes:
     """
     if place.row >= 0:
         return _parquet_bytes(place)
-    with Path(place.path).open("rb") as file:
+    with open_plain(Path(place.path), follow=False) as file:
+        size = os.fstat(file.fileno()).st_size - place.offset if place.size < 0 else place.size
+        if size > _MOST_PICTURE_BYTES:
+            raise ValueError(f"it has more than {_MOST_PICTURE_BYTES:,} bytes")
         file.seek(place.offset)
-        content = file.read(_MOST_PICTURE_BYTES + 1 if place.size < 0 else place.size)
-    if len(content) > _MOST_PICTURE_BYTES:
-        raise ValueError(f"it has more than {_MOST_PICTURE_BYTES:,} bytes")
-    return content
+        return file.read(size)
 
 
 # --- folders -------------------------------------------------------------------------------------------------
 
 
 def _folder(root: Path) -> Iterator[Item]:
-    for path in sorted(found for found in root.rglob("*") if found.suffix.lower() in PICTURES and found.is_file()):
-        described = _described(
-            _sidecar(path.with_suffix(".json")), _sidecar(path.with_suffix(".txt")), path.relative_to(root).as_posix()
-        )
-        yield Item(place=Place(path=str(path)), **described)
+    for path in sorted(found for found in root.rglob("*") if found.suffix.lower() in PICTURES and _is_plain(found)):
+        key, place = path.relative_to(root).as_posix(), Place(path=str(path))
+        try:
+            said, text = _sidecar(path.with_suffix(".json")), _sidecar(path.with_suffix(".txt"))
+        except OSError as error:
+            yield Item(key=_plain(key), place=place, problem=f"{error.filename}: {error.strerror}")
+            continue
+        yield _item(key, place, said, text)
+
+
+def _is_plain(path: Path) -> bool:
+    return not path.is_symlink() and path.is_file()
 
 
 def _sidecar(path: Path) -> bytes | None:
+    """Return a small file's bytes, None if there is none; raise OSError for a link, a pipe or a large one."""
     try:
-        with path.open("rb") as file:
-            return file.read(_MOST_SIDECAR_BYTES)
-    except OSError:
+        with open_plain(path, follow=False) as file:
+            raw = file.read(_MOST_SIDECAR_BYTES + 1)
+    except FileNotFoundError:
         return None
+    if len(raw) > _MOST_SIDECAR_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {_MOST_SIDECAR_BYTES:,} bytes", str(path))
+    return raw
 
 
-def _described(json_raw: bytes | None, text_raw: bytes | None, key: str) -> dict[str, Any]:
-    """Return what the files beside a picture say; those that can't be read say nothing."""
+def _item(key: str, place: Place, json_raw: bytes | None, text_raw: bytes | None) -> Item:
+    """Return an item as the files beside its picture describe it."""
     said: Mapping[str, Any] = {}
     if json_raw is not None:
         try:
             parsed = json.loads(json_raw)
-            said = parsed if isinstance(parsed, dict) else {}
         except (ValueError, RecursionError):
-            said = {}
-    caption = next((said[name] for name in _CAPTIONS if isinstance(said.get(name), str)), None)
+            parsed = None
+        if not isinstance(parsed, dict):
+            return Item(key=_plain(key), place=place, problem="its .json file is no JSON object")
+        said = parsed
+    return _described(key, place, said, text_raw)
+
+
+def _described(key: str, place: Place, said: Mapping[Any, Any], text_raw: bytes | None) -> Item:
+    words = {name.lower(): value for name, value in said.items() if isinstance(name, str)}
+    caption = next((words[name] for name in _CAPTIONS if isinstance(words.get(name), str)), None)
     if caption is None and text_raw is not None:
         caption = text_raw.decode("utf-8", errors="replace")
-    return {
-        "key": key,
-        "caption": None if caption is None else _plain(caption),
-        "licence": _text(said, "license", "licence"),
-        "source": _text(said, "source", "url"),
-    }
+    named = [words[name] for name in _LICENCE if words.get(name) is not None]
+    if any(not isinstance(licence, str) for licence in named):
+        return Item(key=_plain(key), place=place, problem="its licence is no text")
+    return Item(
+        key=_plain(key),
+        place=place,
+        caption=None if caption is None else _plain(caption),
+        licence=_text(words, *_LICENCE),
+        source=_text(words, "source", "url"),
+    )
 
 
 def _text(said: Mapping[str, Any], *names: str) -> str | None:
@@ -141,7 +175,7 @@ def _text(said: Mapping[str, Any], *names: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """One line, single spaces, no characters that UTF-8 can't hold."""
+    """One line, single spaces, no characters that UTF-8 can't hold (Python has those of odd file names as well)."""
     return " ".join(text.encode("utf-8", errors="replace").decode("utf-8").replace("\0", " ").split())
 
 
@@ -154,7 +188,7 @@ def _tar(path: Path) -> Iterator[Item]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isreg():
+                if not member.isreg() or member.issparse():
                     continue
                 folder, _, name = member.name.rpartition("/")
                 first, _, extension = name.partition(".")
@@ -164,7 +198,7 @@ def _tar(path: Path) -> Iterator[Item]:
                     stem, parts = found, {}
                 parts[f".{extension.lower()}"] = member
             yield from _tar_item(path, tar, stem, parts)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise UsageError(f"{path} can't be read as an uncompressed tar: {error}.") from None
 
 
@@ -172,9 +206,13 @@ def _tar_item(path: Path, tar: tarfile.TarFile, stem: str, parts: Mapping[str, t
     picture = next((parts[extension] for extension in sorted(parts) if extension in PICTURES), None)
     if picture is None:
         return
-    read = {name: _member(tar, parts[name]) for name in (".json", ".txt") if name in parts}
-    described = _described(read.get(".json"), read.get(".txt"), f"{path.name}/{stem}")
-    yield Item(place=Place(path=str(path), offset=picture.offset_data, size=picture.size), **described)
+    key, place = f"{path.name}/{stem}", Place(path=str(path), offset=picture.offset_data, size=picture.size)
+    small = {name: parts[name] for name in (".json", ".txt") if name in parts}
+    if any(member.size > _MOST_SIDECAR_BYTES for member in small.values()):
+        yield Item(key=_plain(key), place=place, problem="what is said of it is too long")
+        return
+    read = {name: _member(tar, member) for name, member in small.items()}
+    yield _item(key, place, read.get(".json"), read.get(".txt"))
 
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
@@ -197,36 +235,68 @@ def _pyarrow() -> Any:  # it has no types
 
 def _parquet(path: Path, pictures: Path | None) -> Iterator[Item]:
     """PD12M's columns: id, url, caption, width, height, mime_type, hash, license, source; or an `image` with bytes."""
-    table = _pyarrow().ParquetFile(path)
+    table = _open_table(path)
     names = set(table.schema_arrow.names)
     inside = "image" in names
     if not inside and pictures is None:
         raise UsageError(f"{path} holds links, no pictures; fetch them into a folder, named by id, and name it too.")
-    by_name = {} if pictures is None else {found.stem: found for found in sorted(pictures.rglob("*"))}
-    wanted = [name for name in ("id", "url", *_CAPTIONS, "license", "licence", "source") if name in names]
-    row = 0
-    for batch in table.iter_batches(batch_size=_ROWS, columns=wanted):
-        for said in batch.to_pylist():
-            identity = str(said.get("id") or said.get("url") or row)
-            described = _described(json.dumps(said, default=str).encode(), None, f"{path.name}/{identity}")
-            if inside:
-                yield Item(place=Place(path=str(path), row=row), **described)
-            else:
-                file = by_name.get(identity, by_name.get(Path(str(said.get("url") or "")).stem))
-                # A picture that was not fetched is skipped later like one that can't be read.
-                yield Item(place=Place(path=str(file or f"{pictures}/{identity}")), **described)
-            row += 1
+    by_name = (
+        {} if pictures is None else {found.stem: found for found in sorted(pictures.rglob("*")) if _is_plain(found)}
+    )
+    wanted = [name for name in sorted(names) if name.lower() in ("id", "url", *_CAPTIONS, *_LICENCE, "source")]
+    for row, said in enumerate(_rows(path, table, wanted)):
+        identity = str(said.get("id") or said.get("url") or row)
+        key = f"{path.name}/{identity}"
+        if inside:
+            yield _described(key, Place(path=str(path), row=row), said, None)
+            continue
+        # Only what lies in the folder is looked for: an id may be any text.
+        file = by_name.get(identity, by_name.get(Path(str(said.get("url") or "")).stem))
+        if file is None:
+            yield Item(key=_plain(key), place=Place(path=str(pictures)), problem="it was not fetched")
+        else:
+            yield _described(key, Place(path=str(file)), said, None)
+
+
+def _open_table(path: Path) -> Any:
+    module = _pyarrow()
+    try:
+        return module.ParquetFile(path)
+    except Exception as error:  # its errors have no common root, and a table may have come from anybody
+        raise UsageError(f"{path} can't be read as parquet: {type(error).__name__}.") from None
+
+
+def _rows(path: Path, table: Any, wanted: list[str]) -> Iterator[Mapping[str, Any]]:
+    try:
+        for batch in table.iter_batches(batch_size=_ROWS, columns=wanted):
+            yield from batch.to_pylist()
+    except Exception as error:  # as above
+        raise UsageError(f"{path} can't be read as parquet: {type(error).__name__}.") from None
+
+
+@functools.lru_cache(maxsize=2)
+def _row_group(path: str, group: int) -> list[Any]:
+    """Return the pictures of a row group; neighbours are asked for one after the other."""
+    column: list[Any] = _open_table(Path(path)).read_row_group(group, columns=["image"]).column("image").to_pylist()
+    return column
+
+
+@functools.lru_cache(maxsize=64)
+def _group_sizes(path: str) -> tuple[int, ...]:
+    table = _open_table(Path(path))
+    return tuple(table.metadata.row_group(group).num_rows for group in range(table.num_row_groups))
 
 
 def _parquet_bytes(place: Place) -> bytes:
-    table = _pyarrow().ParquetFile(place.path)
     row = place.row
-    for group in range(table.num_row_groups):
-        rows = table.metadata.row_group(group).num_rows
+    for group, rows in enumerate(_group_sizes(place.path)):
         if row < rows:
-            value = table.read_row_group(group, columns=["image"]).column("image")[row].as_py()
+            try:
+                value = _row_group(place.path, group)[row]
+            except Exception as error:  # as above
+                raise ValueError(f"the row can't be read: {type(error).__name__}") from None
             content = value.get("bytes") if isinstance(value, dict) else value
-            if not isinstance(content, bytes):
+            if not isinstance(content, bytes) or len(content) > _MOST_PICTURE_BYTES:
                 raise ValueError("the row holds no picture")
             return content
         row -= rows
