@@ -61,7 +61,7 @@ _AS: Final[Mapping[Name, Name]] = {
     "diloco-int8": "diloco-fp32", "ours-fp32": "ours", "ours-codec": "ours", "ours-patch": "ours"
 }  # fmt: skip
 """Methods that take the momentum that suits another."""
-LONG_MOMENTA: Final = (0.6, 0.8, 0.9)
+LONG_MOMENTA: Final = (0.8, 0.9)
 """Outer momenta among which the long run of a method is the one that ends lowest."""
 LONG_SHARE: Final = 0.05
 """The share of itself to which the learning rate of the long run falls instead, if that ends lower."""
