@@ -140,7 +140,7 @@ def _report(run: "DemoRun", options: "DemoOptions") -> None:
     for line in (
         f"checkpoint:    {_shown(run.checkpoint)}",
         f"digits drawn:  {_shown(sheet)}",
-        f"validation loss: {_shown(plot)}",
+        f"loss by round: {_shown(plot)}",
         f"score:         {100 * score.share:.1f} % of {score.generated} generated digits are recognised ({target})",
         f"               the classifier recognises {100 * score.classifier_accuracy:.1f} % of the real held-out digits",
         *(line for story in stories for line in demo_story.sentences(story, rules)),
