@@ -372,7 +372,8 @@ def _check_curated(config: RunConfig, dataset: SignedDataset) -> None:
         if signed.encoder.get(name) != described:
             raise ConfigInvalid(
                 f"The data set was prepared with the {name} {show(signed.encoder.get(name))}, but the run has "
-                f"{show(described)}: set model.preset and model.max_tokens as they were, or prepare it again."
+                f"{show(described)}: set model.preset, model.text and model.max_tokens as they were, or prepare it "
+                "again."
             )
 
 

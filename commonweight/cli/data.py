@@ -150,7 +150,7 @@ def inspect(
 
     dataset = open_dataset(directory)
     _show(directory, dataset.manifest, None)
-    typer.echo(f"curator: {dataset.curator.key_id}; root {dataset.manifest.root}")
+    typer.echo(f"curator: {dataset.curator.hex}; root {dataset.manifest.root}")
     report = directory / REPORT
     if report.is_file():
         try:
@@ -179,7 +179,8 @@ def verify(
     check_shards(dataset, lambda _: None)
     count = len(dataset.manifest.shards) + 1
     typer.echo(
-        f"right: {count} shards are what {dataset.curator.key_id[:12]} signed for, root {dataset.manifest.root[:12]}"
+        f"right: {count} shards are what the curator {dataset.curator.hex[:12]} signed for, "
+        f"root {dataset.manifest.root[:12]}"
     )
 
 

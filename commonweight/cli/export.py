@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
     from mmdit.precision import Precision
 
 
+_MODE = 0o644
+"""As for every published file."""
+
+
 class Form(StrEnum):
     """Who is to read it."""
 
@@ -95,6 +99,7 @@ def _write(loaded: "Loaded", out: Path, form: Form, precision: "Precision") -> i
     partial = target.with_name(f".{target.name}.part")
     # One key of metadata: with more, the library does not write the same bytes twice.
     save_file(narrowed(state, precision), partial, metadata={"format": "pt"})
+    partial.chmod(_MODE)  # the library makes it readable for its owner alone
     partial.rename(target)
     return target.stat().st_size
 

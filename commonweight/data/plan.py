@@ -55,7 +55,7 @@ def plan(
     taken, skipped = _without_duplicates(rows)
     by_bucket = _buckets(taken, least_in_bucket)
     if not by_bucket:
-        raise UsageError(f"No picture is left: {_counted(skipped)}.")
+        raise UsageError(f"No picture is left: {_counted(skipped)}. See --licence, --accept and --least-side.")
     fullest = max(sorted(by_bucket), key=lambda bucket: len(by_bucket[bucket]))
     kept = sorted(by_bucket[fullest], key=lambda row: _rank(seed, b"heldout", row))
     if len(kept) <= heldout or heldout < 1:
