@@ -45,6 +45,7 @@ from protocol.documents import (
     ShardRef,
     StateEntry,
     digest_of,
+    envelope_digest,
     sign,
 )
 from protocol.errors import (
@@ -56,7 +57,7 @@ from protocol.errors import (
     ShardCorrupt,
 )
 from protocol.keys import PrivateKey, PublicKey
-from protocol.limits import DELEGATION_MS, MAX_SHARD_BYTES, MIB
+from protocol.limits import DELEGATION_MS, MAX_PUBLIC_DOCUMENT_BYTES, MAX_SHARD_BYTES, MIB
 
 SEED_BYTES: Final = 32
 _MARKER: Final = "root.pub"
@@ -74,7 +75,9 @@ class SignedDataset:
     @property
     def curated(self) -> Curated:
         """What the run config says of it."""
-        return Curated(curator=self.curator.hex, manifest_sha256=digest_of(self.manifest))
+        # Of the signed bytes: members that this version does not know are part of them.
+        signed = envelope_digest(DatasetManifest, self.envelope, self.curator, max_bytes=MAX_PUBLIC_DOCUMENT_BYTES)
+        return Curated(curator=self.curator.hex, manifest_sha256=signed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,12 +167,9 @@ def _check_shards(settings: Settings, shards: Sequence[Path], heldout: Path) -> 
                 f"data.source is {show(settings.data.source)} (the default), but {path.name} says "
                 f"{show(shard.info.source)}: describe your data in [data], its licence too."
             )
-        drawn = (
-            shard.widths[0],
-            *(min(side, largest) // patch * patch for side in shard.widths[1:3]),
-            *shard.widths[3:],
-        )
-        if drawn != shard.widths or (*shard.widths[:1], *shard.widths[3:]) != (*expected[:1], *expected[3:]):
+        channels, *sides, token_dim, pooled_dim = shard.widths
+        fits = (channels, token_dim, pooled_dim) == (expected[0], *expected[3:])
+        if not fits or any(side % patch or side > largest for side in sides):
             raise ConfigInvalid(
                 f"model.preset is {settings.model.preset}, which needs shards of (channels, height, width, token "
                 f"width, pooled width) = {expected}, but {path.name} has {shard.widths}."

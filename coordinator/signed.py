@@ -121,7 +121,7 @@ def differences(settings: Settings, config: RunConfig) -> tuple[Difference, ...]
         heldout=config.data.heldout,
         seed=bytes.fromhex(config.seed),
         genesis_sha256=Digest(config.genesis_sha256),
-    )  # who has curated the data is no setting
+    )
     ours, theirs = _as_written(wanted), _as_written(config)
     return tuple(
         Difference(name=name, in_settings=show(ours[name]), in_run=show(theirs[name]))

@@ -98,7 +98,7 @@ def init(
             root_key_out=key_file,
             seed=None if seed is None else _seed(seed),
             calibration=None if calibration is None else calibration.read_bytes(),
-            dataset=None if dataset is None else dataset.signed(),
+            dataset=None if dataset is None else dataset.signed,
             now_ms=WallClock().now_ms(),
         )
     _show_new_run(directory, run, identity, chosen, key_file)
@@ -270,7 +270,7 @@ def _dataset(data: str, curator: str | None) -> "Dataset | None":
     from protocol.keys import PublicKey
 
     dataset = open_dataset(Path(data), None if curator is None else PublicKey.from_hex(curator))
-    check_shards(dataset, lambda _: None)
+    check_shards(dataset)
     return dataset
 
 

@@ -176,7 +176,7 @@ def verify(
     from protocol.keys import PublicKey
 
     dataset = open_dataset(directory, None if curator is None else PublicKey.from_hex(curator))
-    check_shards(dataset, lambda _: None)
+    check_shards(dataset)
     count = len(dataset.manifest.shards) + 1
     typer.echo(
         f"right: {count} shards are what the curator {dataset.curator.hex[:12]} signed for, "

@@ -2,7 +2,6 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from commonweight.data.layout import CURATOR, HELDOUT, MANIFEST
 from coordinator.founding import SignedDataset
 from diloco.shards import Shard
 from diloco.trail import merkle_root
-from protocol.documents import DatasetManifest, PreparedShard, digest_of, verify
+from protocol.documents import DatasetManifest, PreparedShard, verify
 from protocol.errors import DatasetInvalid, DocumentRefused, ShardCorrupt, UsageError
 from protocol.keys import PublicKey
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
@@ -23,14 +22,17 @@ class Dataset:
     """A data set whose manifest was verified."""
 
     directory: Path
-    manifest: DatasetManifest
-    manifest_sha256: str
-    envelope: bytes
-    curator: PublicKey
+    signed: SignedDataset
 
-    def signed(self) -> SignedDataset:
-        """Return what a run that trains on it publishes."""
-        return SignedDataset(envelope=self.envelope, manifest=self.manifest, curator=self.curator)
+    @property
+    def manifest(self) -> DatasetManifest:
+        """What the curator has signed."""
+        return self.signed.manifest
+
+    @property
+    def curator(self) -> PublicKey:
+        """Who has signed."""
+        return self.signed.curator
 
     def path(self, shard: PreparedShard) -> Path:
         """Return where a shard lies."""
@@ -62,17 +64,11 @@ def open_dataset(directory: Path, curator: PublicKey | None = None) -> Dataset:
         raise DatasetInvalid(
             f"{directory / MANIFEST} names the root {manifest.root[:12]}; its shards give {root[:12]}."
         )
-    return Dataset(
-        directory=directory,
-        manifest=manifest,
-        manifest_sha256=digest_of(manifest),
-        envelope=envelope,
-        curator=key,
-    )
+    return Dataset(directory=directory, signed=SignedDataset(envelope=envelope, manifest=manifest, curator=key))
 
 
-def check_shards(dataset: Dataset, on_shard: Callable[[int], None]) -> None:
-    """Hash and open every shard; call `on_shard` with the number of those that held.
+def check_shards(dataset: Dataset) -> None:
+    """Hash and open every shard.
 
     Raises:
         DatasetInvalid: one is missing, changed, or not what the manifest says of it; or one lies there that nobody has
@@ -81,9 +77,8 @@ def check_shards(dataset: Dataset, on_shard: Callable[[int], None]) -> None:
     named = {dataset.path(shard).name for shard in (*dataset.manifest.shards, dataset.manifest.heldout)}
     if strays := sorted(path.name for path in dataset.directory.glob("*.safetensors") if path.name not in named):
         raise DatasetInvalid(f"{strays[0]} lies there, and nobody has signed for it; nor for {len(strays) - 1} others.")
-    for number, shard in enumerate((*dataset.manifest.shards, dataset.manifest.heldout), start=1):
+    for shard in (*dataset.manifest.shards, dataset.manifest.heldout):
         check_shard(dataset, shard)
-        on_shard(number)
 
 
 def check_shard(dataset: Dataset, shard: PreparedShard) -> None:

@@ -56,7 +56,7 @@ class EmbeddedEncoder:
 
     def sample_bytes(self, caption: str, bucket: Bucket) -> int:
         """Pixels and text in fp16, and an offset."""
-        tokens = len(encode_caption(caption, self.conditioning)[0])
+        tokens = min(-(-len(caption.encode()) // self.conditioning.bytes_a_token), self.conditioning.max_tokens)
         pixels = bucket.height * bucket.width * self.space.channels
         return 2 * (pixels + tokens * self.conditioning.token_dim + self.conditioning.pooled_dim) + 8
 

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -35,6 +36,7 @@ from protocol.keys import PrivateKey
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES, MAX_SHARD_BYTES
 from verify.admission import file_sha256
 
+_SHARD_NAME: Final = re.compile(r"[0-9a-f]{64}\.safetensors")
 _AT_ONCE: Final = 64
 """Pictures that are encoded together."""
 
@@ -94,12 +96,14 @@ def prepare(
 
     Raises:
         UsageError: there is nothing to read, too few pictures are left, or another preparation lies in `out`.
-        DirectoryNotEmpty: `out` holds a finished data set.
+        DirectoryNotEmpty: `out` holds a finished data set, or something else.
         DirectoryInUse: another process prepares it.
         PackageMissing: Pillow or pyarrow is needed.
     """
     if (out / MANIFEST).exists():
         raise DirectoryNotEmpty(f"{out} holds a finished data set; nothing was changed.")
+    if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
+        raise DirectoryNotEmpty(f"{out} holds something else; nothing was changed. Choose another directory.")
     files = list_sources(source)
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with _alone(out / WORK):
@@ -124,7 +128,8 @@ def begin_again(out: Path) -> None:
     if (out / MANIFEST).exists() or not (out / WORK).is_dir():
         return
     with _alone(out / WORK):
-        for path in (*out.glob("*.safetensors"), *(out / name for name in (CURATOR, REPORT, SKIPPED))):
+        shards = (path for path in out.iterdir() if _SHARD_NAME.fullmatch(path.name))
+        for path in (*shards, *(out / name for name in (HELDOUT, CURATOR, REPORT, SKIPPED))):
             path.unlink(missing_ok=True)
     shutil.rmtree(out / WORK)
 

@@ -72,7 +72,7 @@ def test_every_picture_is_in_one_shard_or_is_skipped_for_a_reason(prepared: Path
     assert len(manifest.shards) > 2
     counts = [shard.samples for shard in manifest.shards]
     assert max(counts) - min(counts) <= 1
-    check_shards(dataset, lambda _: None)
+    check_shards(dataset)
     skipped = [json.loads(line) for line in (prepared / SKIPPED).read_bytes().splitlines()]
     assert {row["key"] for row in skipped} >= {"corrupt.jpg", "tiny.png", "silent.png", "zz-odd.png"}
     assert not (prepared / WORK).exists()
@@ -151,6 +151,15 @@ def test_a_finished_data_set_is_never_written_over(source: Path, prepared: Path)
     assert _files(prepared) == before
 
 
+def test_a_directory_with_something_else_in_it_is_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "precious.safetensors").write_bytes(b"mine")
+    assert isinstance(_refusal(*_command(source, tmp_path / "models")), DirectoryNotEmpty)
+    (tmp_path / "models" / WORK).mkdir()  # as if it had been let in
+    assert _invoke(*_command(source, tmp_path / "models", "--restart")).exit_code != 0
+    assert (tmp_path / "models" / "precious.safetensors").read_bytes() == b"mine"
+
+
 def test_inspecting_says_what_is_in_it_and_what_stands_out(prepared: Path, tmp_path: Path) -> None:
     result = _invoke("data", "inspect", str(prepared), "--sheet", str(tmp_path / "sheet.png"))
     assert result.exit_code == 0, result.output
@@ -209,7 +218,7 @@ def test_a_run_takes_the_data_set_with_its_curator_and_publishes_what_he_signed(
     data = run.config().data
     assert (data.name, data.source, data.licence) == ("shapes", "drawn", "CC-BY-4.0, CC0-1.0")
     assert (data.curator, data.root) == (dataset.curator.hex, dataset.manifest.root)
-    assert data.manifest_sha256 == dataset.manifest_sha256
+    assert data.manifest_sha256 == dataset.signed.curated.manifest_sha256
     assert (run.public / layout.DATASET).read_bytes() == (prepared / MANIFEST).read_bytes()
     assert [shard.sha256 for shard in data.shards] == [shard.sha256 for shard in dataset.manifest.shards]
     other = ("--set", "model.preset=rgb32", "--set", "model.max_tokens=9")
