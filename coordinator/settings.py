@@ -149,8 +149,17 @@ class Settings(BaseModel):
         return PRESETS[self.model.preset]
 
     def conditioning(self) -> ConditioningConfig:
-        """Return the embedded text encoder, as wide as the model asks for."""
+        """Return the embedded text encoder, as wide as the model asks for.
+
+        Raises:
+            ConfigInvalid: the run has networks for it, which only its data set can describe.
+        """
         shape = self.model_shape()
+        if self.model.text == "encoders":
+            raise ConfigInvalid(
+                'model.text is "encoders", but the data set was not prepared with text encoders: prepare it with '
+                "--components, or choose another model.text."
+            )
         return ConditioningConfig(
             kind=self.model.text,
             max_tokens=self.model.max_tokens,
@@ -159,8 +168,18 @@ class Settings(BaseModel):
         )
 
     def space(self) -> PixelSpace:
-        """Return the space that the model paints in: pixels, moved to -1..1."""
+        """Return the space that the model paints in: pixels, moved to -1..1.
+
+        Raises:
+            ConfigInvalid: the model paints in latents, which only the data set can describe.
+        """
         shape = self.model_shape()
+        if shape.in_channels not in (1, 3):
+            raise ConfigInvalid(
+                f"model.preset is {self.model.preset}, which paints in {shape.in_channels} latent channels, but the "
+                "data set was not prepared with an autoencoder: prepare it with --components, or choose a model that "
+                "paints in pixels."
+            )
         side = shape.sample_size
         return PixelSpace(channels=shape.in_channels, height=side, width=side, shift=-1.0, scale=2.0)
 

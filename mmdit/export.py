@@ -13,18 +13,18 @@ import math
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import rfc8785
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mmdit.conditioning import ConditioningConfig
 from mmdit.config import MMDiTConfig
-from mmdit.space import PixelSpace
+from mmdit.encoders import Conditioning, conditioning_from_json, conditioning_to_json
+from mmdit.space import Space, space_from_json, space_to_json
 from mmdit.transformer import MMDiT
 
 CONFIG_PATH: Final = Path("transformer", "config.json")
@@ -45,8 +45,8 @@ class Loaded:
 
     model: MMDiT
     config: MMDiTConfig
-    conditioning: ConditioningConfig
-    space: PixelSpace
+    conditioning: Conditioning
+    space: Space
     shift: float
 
 
@@ -54,8 +54,8 @@ def write_description(
     directory: Path,
     *,
     config: MMDiTConfig,
-    conditioning: ConditioningConfig,
-    space: PixelSpace,
+    conditioning: Conditioning,
+    space: Space,
     shift: float = 1.0,
     ema: bool = False,
 ) -> None:
@@ -79,10 +79,10 @@ def write_description(
         "shift": shift,
         "use_dynamic_shifting": False,
     }
-    described: dict[str, int | dict[str, str | int | float]] = {
+    described: dict[str, Any] = {
         "format": _FORMAT,
-        "conditioning": asdict(conditioning),
-        "space": {"kind": "pixel", **asdict(space)},
+        "conditioning": conditioning_to_json(conditioning),
+        "space": space_to_json(space),
     }
     for path, content in (
         (CONFIG_PATH, _readable_json(config.to_diffusers())),
@@ -155,7 +155,7 @@ def _open_plain(path: Path) -> int:
     return descriptor
 
 
-def _read_description(values: Mapping[str, object]) -> tuple[ConditioningConfig, PixelSpace]:
+def _read_description(values: Mapping[str, object]) -> tuple[Conditioning, Space]:
     if values.get("format") != _FORMAT:
         raise ValueError(f"format is {values.get('format')!r}, this version reads {_FORMAT}")
     if values.keys() != {"format", "conditioning", "space"}:
@@ -163,12 +163,7 @@ def _read_description(values: Mapping[str, object]) -> tuple[ConditioningConfig,
     conditioning, space = values["conditioning"], values["space"]
     if not isinstance(conditioning, dict) or not isinstance(space, dict):
         raise ValueError("conditioning and space must be objects")
-    if space.get("kind") != "pixel":
-        raise ValueError(f'space kind is {space.get("kind")!r}, this version knows "pixel"')
-    try:
-        return ConditioningConfig(**conditioning), PixelSpace(**{k: v for k, v in space.items() if k != "kind"})
-    except TypeError as error:  # a key too many or too few
-        raise ValueError(str(error)) from error
+    return conditioning_from_json(conditioning), space_from_json(space)
 
 
 def _read_shift(values: Mapping[str, object]) -> float:
@@ -182,7 +177,7 @@ def _read_shift(values: Mapping[str, object]) -> float:
     return float(shift)
 
 
-def _check_fit(config: MMDiTConfig, conditioning: ConditioningConfig, space: PixelSpace) -> None:
+def _check_fit(config: MMDiTConfig, conditioning: Conditioning, space: Space) -> None:
     largest = config.pos_embed_max_size * config.patch_size
     for ours, mine, theirs, its in (
         ("joint_attention_dim", config.joint_attention_dim, "token_dim", conditioning.token_dim),

@@ -89,7 +89,7 @@ def init(
         typer.echo(f"{run.settings_file} {what}; edit it, then: commonweight coordinator init {directory}")
         return
     key_file = (root_key or run.root.with_name(f"{run.root.name}-root.pem")).absolute()
-    with _shards(data, shards, chosen, dataset) as (training, heldout):
+    with _shards(data, shards, dataset) as (training, heldout):
         identity = found(
             run,
             chosen,
@@ -283,9 +283,7 @@ def _described(dataset: "Dataset | None") -> list[str]:
 
 
 @contextmanager
-def _shards(
-    data: str, count: int, settings: "Settings", dataset: "Dataset | None"
-) -> "Iterator[tuple[list[Path], Path]]":
+def _shards(data: str, count: int, dataset: "Dataset | None") -> "Iterator[tuple[list[Path], Path]]":
     """Give the training shards and the held-out one; digits are written to a temporary folder."""
     if dataset is not None:
         signed = dataset.manifest
@@ -295,7 +293,7 @@ def _shards(
         from commonweight.digits import write_digits
 
         with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
-            yield write_digits(Path(folder), settings.conditioning(), shards=count)
+            yield write_digits(Path(folder), shards=count)
         return
     folder_given = Path(data)
     heldout = folder_given / HELDOUT

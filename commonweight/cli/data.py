@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
     from commonweight.data.encoders import Encoder
     from commonweight.data.prepare import Progress
     from mmdit.config import MMDiTConfig
+    from mmdit.encoders import Conditioning
+    from mmdit.space import Space
     from protocol.documents import DatasetManifest
     from protocol.keys import PrivateKey
 
@@ -37,6 +39,14 @@ class Text(StrEnum):
 
     BYTE_PATCH = "byte-patch"
     BYTES = "bytes"
+    ENCODERS = "encoders"
+
+
+class Padding(StrEnum):
+    """What stands after the end of a caption."""
+
+    ENCODER = "encoder"
+    ZEROS = "zeros"
 
 
 @app.command()
@@ -52,7 +62,38 @@ def prepare(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the data set goes.")],
     preset: Annotated[str, typer.Option(help="The model that will train on it, by name; see `commonweight models`.")],
     max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="As the run's model.max_tokens.")] = 64,
-    text: Annotated[Text, typer.Option(help="As the run's model.text.")] = Text.BYTE_PATCH,
+    text: Annotated[
+        Text, typer.Option(help='As the run\'s model.text; "encoders" are the text encoders of --components.')
+    ] = Text.BYTE_PATCH,
+    components: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|OWNER/NAME",
+            help="Frozen networks, as a folder of StableDiffusion3Pipeline has them, or that of a model hub: the "
+            "autoencoder for models that paint in latents, and the text encoders for --text encoders.",
+        ),
+    ] = None,
+    encoders: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="Which text encoders: of clip_l,clip_g,t5; default: all that are there."),
+    ] = "",
+    padding: Annotated[
+        Padding,
+        typer.Option(
+            help="Text after a caption's end: \"encoder\" keeps what the encoders make of it, as diffusers' pipeline "
+            'hears it; "zeros" leaves it out, which is a fraction of the bytes.'
+        ),
+    ] = Padding.ENCODER,
+    t5_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of T5.")] = 77,
+    device: Annotated[str, typer.Option(help='What the networks run on: "cpu" or "cuda".')] = "cpu",
+    side: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Pixels of a side, about; default: what the model is made for. Given several times, every picture is "
+            "prepared in all sizes that it is large enough for, for runs with rounds.stages.",
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the data set; default: the directory's.")] = None,
     licence: Annotated[
         str | None, typer.Option(help="Licence of pictures whose source names none; without it they are skipped.")
@@ -85,30 +126,36 @@ def prepare(
     Interrupted, the same command goes on where it stopped. The same source, settings and seed give the same bytes. What
     is skipped, and why, stands in skipped.jsonl; what a curator should look at before publishing, in report.json.
     """
+    from commonweight.components_place import find_components, said_as_usage
     from commonweight.data.index import Rules
     from commonweight.data.pictures import buckets
     from commonweight.data.prepare import Recipe, begin_again
     from commonweight.data.prepare import prepare as make
 
     shape = _shape(preset)
-    encoder = _encoder(shape, preset, text, max_tokens)
-    try:
-        among = buckets(
-            shape.sample_size,
-            step=shape.patch_size,
-            largest=shape.pos_embed_max_size * shape.patch_size,
-            most_aspect=aspect,
+    place = None if components is None else find_components(components)
+    with said_as_usage():
+        conditioning = _conditioning(shape, text, max_tokens, place, encoders, padding, t5_tokens)
+        space = _space(shape, preset, place)
+        encoder = _encoder(space, conditioning, place, device)
+        sides = sorted(set(side or [space.pixel_height]))
+        families = tuple(
+            buckets(
+                one,
+                step=shape.patch_size * space.factor,
+                largest=shape.pos_embed_max_size * shape.patch_size * space.factor,
+                most_aspect=aspect,
+            )
+            for one in sides
         )
-    except ValueError as error:
-        raise UsageError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
     if licence is not None and not licence.strip():
         raise UsageError("--licence is empty; leave it out to skip pictures that name none.")
     if restart:
         begin_again(out)
     rules = Rules(
-        among=among,
+        among=families[0],
         channels=encoder.channels,
-        least_side=shape.sample_size if least_side is None else least_side,
+        least_side=sides[0] if least_side is None else least_side,
         licence=licence,
         source=origin,
         licences=None if accept is None else tuple(sorted(set(accept))),
@@ -123,6 +170,7 @@ def prepare(
         heldout=heldout,
         least_in_bucket=least_in_bucket,
         pictures=pictures,
+        families=families if len(families) > 1 else (),
     )
     curator_key = key or out.absolute().parent / f"{out.absolute().name}-curator.pem"
     began = time.monotonic()
@@ -192,25 +240,72 @@ def _shape(preset: str) -> "MMDiTConfig":
     return PRESETS[preset]
 
 
-def _encoder(shape: "MMDiTConfig", preset: str, text: Text, max_tokens: int) -> "Encoder":
-    from commonweight.data.encoders import EmbeddedEncoder
+def _conditioning(
+    shape: "MMDiTConfig",
+    text: Text,
+    max_tokens: int,
+    components: Path | None,
+    encoders: str,
+    padding: Padding,
+    t5_tokens: int,
+) -> "Conditioning":
+    from mmdit.components import describe_encoders, encoders_in
     from mmdit.conditioning import ConditioningConfig
-    from mmdit.space import PixelSpace
+    from mmdit.encoders import ENCODER_NAMES
 
-    if shape.in_channels not in (1, 3):
-        raise UsageError(
-            f"{preset} paints in {shape.in_channels} latent channels; this version prepares pixels (1 or 3 channels)."
-        )
-    side = shape.sample_size
-    return EmbeddedEncoder(
-        space=PixelSpace(channels=shape.in_channels, height=side, width=side, shift=-1.0, scale=2.0),
-        conditioning=ConditioningConfig(
-            kind=text.value,
+    if text is not Text.ENCODERS:
+        return ConditioningConfig(
+            kind="bytes" if text is Text.BYTES else "byte-patch",
             max_tokens=max_tokens,
             token_dim=shape.joint_attention_dim,
             pooled_dim=shape.pooled_projection_dim,
-        ),
+        )
+    if components is None:
+        raise UsageError("--text encoders needs the text encoders: name their folder with --components.")
+    asked = [name.strip() for name in encoders.split(",") if name.strip()]
+    if unknown := [name for name in asked if name not in ENCODER_NAMES]:
+        raise UsageError(f"--encoders names {unknown[0][:40]!r}; it must be of {', '.join(ENCODER_NAMES)}.")
+    return describe_encoders(
+        components,
+        [name for name in ENCODER_NAMES if name in asked] if asked else encoders_in(components),
+        token_dim=shape.joint_attention_dim,
+        pooled_dim=shape.pooled_projection_dim,
+        padding=padding.value,
+        t5_tokens=t5_tokens,
     )
+
+
+def _space(shape: "MMDiTConfig", preset: str, components: Path | None) -> "Space":
+    from mmdit.components import describe_vae
+    from mmdit.space import PixelSpace
+
+    side = shape.sample_size
+    if shape.in_channels in (1, 3):
+        return PixelSpace(channels=shape.in_channels, height=side, width=side, shift=-1.0, scale=2.0)
+    if components is None:
+        raise UsageError(
+            f"{preset} paints in the {shape.in_channels} latent channels of an autoencoder: name its folder with "
+            "--components, or choose a model that paints in pixels."
+        )
+    space = describe_vae(components, pixel_height=side, pixel_width=side)
+    if space.channels != shape.in_channels:
+        raise UsageError(
+            f"{preset} paints in {shape.in_channels} latent channels, but the autoencoder in {components} has "
+            f"{space.channels}."
+        )
+    return describe_vae(components, pixel_height=side * space.factor, pixel_width=side * space.factor)
+
+
+def _encoder(space: "Space", conditioning: "Conditioning", components: Path | None, device: str) -> "Encoder":
+    from commonweight.data.encoders import EmbeddedEncoder, NetworkEncoder
+    from mmdit.conditioning import ConditioningConfig
+    from mmdit.space import PixelSpace
+
+    if components is None or (isinstance(space, PixelSpace) and isinstance(conditioning, ConditioningConfig)):
+        assert isinstance(space, PixelSpace)  # anything else was refused
+        assert isinstance(conditioning, ConditioningConfig)
+        return EmbeddedEncoder(space=space, conditioning=conditioning)
+    return NetworkEncoder(components=components, space=space, conditioning=conditioning, device=device)
 
 
 def _curator(path: Path) -> "PrivateKey":

@@ -22,12 +22,12 @@ import numpy as np
 from commonweight.data.encoders import Encoder
 from commonweight.data.index import Row, Rules, read_index, write_index
 from commonweight.data.layout import CURATOR, HELDOUT, MANIFEST, REPORT, SKIPPED, WORK
-from commonweight.data.pictures import PictureSkipped, decode
+from commonweight.data.pictures import Bucket, PictureSkipped, decode
 from commonweight.data.plan import Plan, Planned, plan, skipped_by_reason
 from commonweight.data.report import report_of
 from commonweight.data.sources import Item, items_of, list_sources, read_place
 from coordinator.directory import write_file
-from diloco.shards import Halves, ShardInfo, write_shard
+from diloco.shards import Halves, ShardInfo, pack_shard
 from diloco.trail import merkle_root
 from protocol.canonical import canonical_json, sha256_hex
 from protocol.documents import Counted, DatasetManifest, PreparedShard, sign
@@ -54,6 +54,7 @@ class Recipe:
         heldout: pictures kept for validation.
         least_in_bucket: buckets with fewer pictures are given up.
         pictures: for tables of links: the folder with the files.
+        families: the buckets of each size, for data sets of several sizes; see `plan`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Recipe:
     heldout: int
     least_in_bucket: int
     pictures: Path | None = None
+    families: tuple[tuple[Bucket, ...], ...] = ()
 
     def asked(self, files: Sequence[Path]) -> dict[str, Any]:
         """Return what identifies a preparation: these words over these files."""
@@ -169,6 +171,7 @@ def _work(
             shard_bytes=recipe.shard_bytes,
             heldout=recipe.heldout,
             least_in_bucket=recipe.least_in_bucket,
+            families=recipe.families,
         )
         return planned, _make_shards(planned, out, recipe, pool, on_progress)
 
@@ -262,20 +265,13 @@ def _plan_digest(shard: Planned, recipe: Recipe) -> str:
 def _make_shard(shard: Planned, recipe: Recipe, out: Path, note: Path) -> PreparedShard:
     """Decode, encode and write one shard; then the note that says that it is there."""
     latents: list[Halves] = []
-    texts: list[Halves] = []
-    pooled: list[Halves] = []
     for start in range(0, len(shard.rows), _AT_ONCE):
         rows = shard.rows[start : start + _AT_ONCE]
-        encoded = recipe.encoder.encode(
-            np.stack([_pixels(row, shard, recipe) for row in rows]), [row.caption for row in rows]
-        )
-        latents.append(encoded.latents)
-        texts += encoded.texts
-        pooled.append(encoded.pooled)
+        latents.append(recipe.encoder.latents(np.stack([_pixels(row, shard, recipe) for row in rows])))
     licences = Counter(row.licence for row in shard.rows)
-    captions = hashlib.sha256(b"\0".join(row.caption.encode() for row in shard.rows)).hexdigest()
-    info = ShardInfo(licence=", ".join(sorted(licences))[:200], source=recipe.rules.source, captions_digest=captions)
-    content = write_shard(np.concatenate(latents), texts, np.concatenate(pooled), info)
+    captions = [row.caption for row in shard.rows]
+    info = ShardInfo(licence=", ".join(sorted(licences))[:200], source=recipe.rules.source)
+    content = pack_shard(np.concatenate(latents), info, captions=captions, parts=recipe.encoder.texts(captions))
     if len(content) > MAX_SHARD_BYTES:
         raise UsageError(f"A shard would have {len(content):,} bytes, more than workers fetch; ask for smaller shards.")
     sha256 = sha256_hex(content)
