@@ -24,6 +24,7 @@ from coordinator.directory import (
     sync,
     write_file,
 )
+from coordinator.prepared_data import check_settings
 from coordinator.settings import Settings, render
 from coordinator.settings_problems import show
 from coordinator.settings_sections import DataSettings
@@ -122,6 +123,8 @@ def found(
     """
     if seed is not None and len(seed) != SEED_BYTES:
         raise ValueError(f"a run's seed has {SEED_BYTES} bytes, this one has {len(seed)}")
+    if dataset is not None:
+        check_settings(settings, dataset.manifest)
     _check_shards(settings, shards, heldout)
     _check_evidence(settings, calibration)
     if not directory.founding.exists():
@@ -368,13 +371,6 @@ def _check_curated(config: RunConfig, dataset: SignedDataset) -> None:
     expected = [shard.sha256 for shard in (*signed.shards, signed.heldout)]
     if [shard.sha256 for shard in (*config.data.shards, config.data.heldout)] != expected:
         raise DatasetInvalid("The shards are not those that the curator has signed for; copy the data set again.")
-    for name, described in (("conditioning", config.conditioning), ("space", config.space)):
-        if signed.encoder.get(name) != described:
-            raise ConfigInvalid(
-                f"The data set was prepared with the {name} {show(signed.encoder.get(name))}, but the run has "
-                f"{show(described)}: set model.preset, model.text and model.max_tokens as they were, or prepare it "
-                "again."
-            )
 
 
 def _check_distinct(config: RunConfig) -> None:

@@ -69,6 +69,7 @@ def init(
     from coordinator.clock import WallClock
     from coordinator.directory import RunDirectory
     from coordinator.founding import found, write_settings
+    from coordinator.prepared_data import suggested_settings
     from coordinator.settings import Settings
 
     run = RunDirectory(directory)
@@ -76,10 +77,11 @@ def init(
         raise DirectoryNotEmpty(f"{run.root} holds a run already; nothing was changed.")
     dataset = _dataset(data, curator)
     overrides = [*_calibrated(calibration), *_described(dataset), *(settings or [])]
+    suggested = {} if dataset is None else suggested_settings(dataset.manifest)
     if run.settings_file.exists():
-        chosen = Settings.load(run.settings_file, overrides)
+        chosen = Settings.load(run.settings_file, overrides, suggested)
     else:
-        chosen = Settings.parse("", overrides)
+        chosen = Settings.parse("", overrides, suggested)
     if template_only:
         run.root.mkdir(parents=True, exist_ok=True)
         before = run.settings_file.read_bytes() if run.settings_file.exists() else None

@@ -115,7 +115,8 @@ def prepare(
         most_caption=_MOST_CAPTION,
     )
     recipe = Recipe(
-        name=name or out.name,
+        name=name or out.resolve().name,
+        preset=preset,
         rules=rules,
         encoder=encoder,
         seed=seed.to_bytes(32, "little"),

@@ -27,6 +27,7 @@ from commonweight.data.plan import Plan, Planned, plan, skipped_by_reason
 from commonweight.data.report import report_of
 from commonweight.data.sources import Item, items_of, list_sources, read_place
 from coordinator.directory import write_file
+from coordinator.prepared_data import PRESET
 from diloco.shards import Halves, ShardInfo, write_shard
 from diloco.trail import merkle_root
 from protocol.canonical import canonical_json, sha256_hex
@@ -47,6 +48,7 @@ class Recipe:
 
     Args:
         name: of the data set.
+        preset: name of the model that it is for.
         rules: which pictures are taken, and how they are cut.
         encoder: makes numbers of them; goes to the processes by pickle, between processes of our own.
         seed: 32 bytes; of the shuffling.
@@ -57,6 +59,7 @@ class Recipe:
     """
 
     name: str
+    preset: str
     rules: Rules
     encoder: Encoder
     seed: bytes
@@ -312,7 +315,7 @@ def _manifest(planned: Plan, made: Sequence[PreparedShard], recipe: Recipe) -> D
         name=recipe.name,
         source=recipe.rules.source,
         licence=", ".join(licences)[:200],
-        encoder=recipe.encoder.described(),
+        encoder={PRESET: recipe.preset, **recipe.encoder.described()},
         root=merkle_root([bytes.fromhex(shard.sha256) for shard in shards]).hex(),
         shards=tuple(shards),
         heldout=heldout,
