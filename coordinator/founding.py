@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -129,9 +129,7 @@ def found(
     _check_evidence(settings, calibration)
     if not directory.founding.exists():
         _refuse_key_file(root_key_out)
-    with disk_trouble_explained("No run was made"):
-        directory.root.mkdir(parents=True, exist_ok=True)
-    with directory.lock(), disk_trouble_explained("No run was made"):
+    with _held(directory), disk_trouble_explained("No run was made"):
         root = _clear(directory, root_key_out)
         with _undone_on_failure(directory, root_key_out):
             work = directory.founding
@@ -452,12 +450,37 @@ def _commit(directory: RunDirectory, envelope: bytes) -> None:
 
 
 @contextmanager
+def _held(directory: RunDirectory) -> Iterator[None]:
+    """Hold the directory, made if it is missing; where no run comes of it, what was made for holding it goes again."""
+    made, had_lock = not directory.root.exists(), directory.lock_file.exists()
+    with disk_trouble_explained("No run was made"):
+        directory.root.mkdir(parents=True, exist_ok=True)
+    with directory.lock():
+        try:
+            yield
+        except BaseException:
+            if not directory.holds_run and not had_lock:
+                directory.lock_file.unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):  # the mark of the root key is still in it
+                    directory.root.rmdir()
+            raise
+
+
+@contextmanager
 def _undone_on_failure(directory: RunDirectory, root_key_out: Path) -> Iterator[None]:
     """Clear away what was made if founding fails by itself; after SIGKILL the next founding does it."""
+    file = directory.settings_file
+    said = file.read_bytes() if file.exists() else None
     try:
         yield
     except BaseException:
         if not directory.holds_run:
+            if said is None:
+                file.unlink(missing_ok=True)  # a later attempt would take it for the operator's own words
+            elif file.read_bytes() != said:
+                write_file(file, said)
+                file.with_name("run.toml.old").unlink(missing_ok=True)
             # Once the key is exported, the marker must stay: it is what lets the next founding take the key up again.
             kept = {directory.founding / _MARKER} if root_key_out.exists() else set()
             for path in {directory.keys, directory.public, *directory.founding.iterdir()} - kept:
