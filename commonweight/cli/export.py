@@ -66,11 +66,13 @@ def export(
         raise UsageError(f"There is no directory {out.absolute().parent} to write {out.name} to.")
     place = checkpoint_directory(checkpoint)
 
-    from mmdit.export import load_checkpoint
+    from mmdit.export import NarrowWeights, load_checkpoint
 
     try:
         loaded = load_checkpoint(place, ema=False if raw else None)
         written = _write(loaded, out, form, precision.value)
+    except NarrowWeights as error:
+        raise UsageError(f"{error}. That is an export; give the checkpoint that it was made from.") from None
     except ValueError as error:
         raise CheckpointCorrupt(f"{place} can't be exported: {error}.") from None
     except OSError as error:

@@ -40,7 +40,7 @@ def sample(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A checkpoint directory, or a run's directory (its newest checkpoint).",
+            help="A checkpoint directory, a run's directory (its newest checkpoint), or an export for diffusers.",
         ),
     ],
     captions: Annotated[
@@ -95,7 +95,7 @@ def sample(
     ] = False,
     device: Annotated[Device, typer.Option(help="What to compute with.")] = Device.AUTO,
 ) -> None:
-    """Draw captions with a published checkpoint and write them as PNG, with what drew them in the file."""
+    """Draw captions with a checkpoint and write them as PNG, with what drew them in the file."""
     _check_out(out)
     if len(captions) * count > _MOST_PICTURES:
         raise UsageError(f"{len(captions)} captions times {count} are more than {_MOST_PICTURES} pictures.")
@@ -152,10 +152,12 @@ def _check_out(out: Path) -> None:
 
 
 def _load(place: Path, device: str, *, raw: bool) -> "Loaded":
-    from mmdit.export import load_checkpoint
+    from mmdit.export import NarrowWeights, load_checkpoint
 
     try:
-        return load_checkpoint(place, device=device, ema=False if raw else None)
+        return load_checkpoint(place, device=device, ema=False if raw else None, widen=True)
+    except NarrowWeights as error:
+        raise UsageError(f"{error}. That is an export; give the checkpoint that it was made from.") from None
     except ValueError as error:
         raise CheckpointCorrupt(f"{place} is not a checkpoint that this version can draw with: {error}.") from None
 

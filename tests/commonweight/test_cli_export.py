@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from commonweight.cli.main import app
 from mmdit.comfyui import PREFIX, from_single_file
 from mmdit.export import load_checkpoint
+from mmdit.precision import PRECISIONS, Precision
 from protocol import layout
-from protocol.errors import CommonweightError, DirectoryNotEmpty, UsageError
+from protocol.errors import CheckpointCorrupt, CommonweightError, DirectoryNotEmpty, UsageError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -85,3 +86,41 @@ def test_nothing_is_overwritten_and_what_no_tool_reads_is_refused(checkpoint: Pa
         error = _refusal(checkpoint, *arguments)
         assert isinstance(error, UsageError)
         assert words in error.message
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_pictures_can_be_drawn_from_an_export_but_no_second_export(
+    checkpoint: Path, tmp_path: Path, precision: Precision
+) -> None:
+    assert _invoke(checkpoint, "-o", tmp_path / "out", "--precision", precision).exit_code == 0
+    result = CliRunner().invoke(
+        app, ["sample", str(tmp_path / "out"), "light", "-o", str(tmp_path / "1.png"), "--steps", "1"]
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "1.png").exists()
+    exported = load_checkpoint(tmp_path / "out", widen=True).model.state_dict()
+    for name, tensor in load_checkpoint(checkpoint, ema=True).model.state_dict().items():
+        assert torch.equal(exported[name], tensor.to(PRECISIONS[precision]).float())
+    if precision != "fp32":
+        again = _refusal(tmp_path / "out", "-o", tmp_path / "again")
+        assert isinstance(again, UsageError)
+        assert "That is an export; give the checkpoint that it was made from." in again.message
+
+
+def test_weights_that_no_number_of_fp32_stands_for_are_no_export(checkpoint: Path, tmp_path: Path) -> None:
+    assert _invoke(checkpoint, "-o", tmp_path / "out").exit_code == 0
+    path = tmp_path / "out" / layout.WEIGHTS
+    state = load_file(path)
+    for dtype, kind in ((torch.float8_e4m3fn, UsageError), (torch.int8, CheckpointCorrupt)):
+        save_file({name: tensor.to(dtype) for name, tensor in state.items()}, path)
+        refused = CliRunner().invoke(app, ["sample", str(tmp_path / "out"), "light", "-o", str(tmp_path / "1.png")])
+        assert isinstance(refused.exception, kind), refused.exception
+
+
+def test_a_single_file_is_no_checkpoint_to_draw_from(checkpoint: Path, tmp_path: Path) -> None:
+    assert _invoke(checkpoint, "-o", tmp_path / "model.safetensors", "--for", "comfyui").exit_code == 0
+    for command in (["sample", "CHECKPOINT", "light", "-o", "1.png"], ["export", "CHECKPOINT", "-o", "out"]):
+        arguments = [word.replace("CHECKPOINT", str(tmp_path / "model.safetensors")) for word in command]
+        refused = CliRunner().invoke(app, arguments).exception
+        assert isinstance(refused, UsageError)
+        assert "is a file. A single file of weights does not say" in refused.message
