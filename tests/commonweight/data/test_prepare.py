@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from commonweight.cli.main import app
@@ -176,13 +177,51 @@ def test_inspecting_says_what_is_in_it_and_what_stands_out(prepared: Path, tmp_p
     ):
         assert words in result.output
     assert "repeated caption: 'a " in result.output
-    from PIL import Image
-
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (256, 256)
+        assert sheet.size == (8 * 64, 8 * 64), "pictures of 32 x 32, doubled"
+        assert sheet.getpixel((64, 64)) == sheet.getpixel((65, 65))
     report = json.loads((prepared / REPORT).read_bytes())
     assert report["pictures"] == 130
     assert report["caption_characters"]["most"] == len("a green square")
+
+
+def test_a_try_that_takes_no_picture_leaves_nothing_so_that_the_next_one_can_ask_otherwise(
+    source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    none = _refusal(*_command(source, out, "--least-side", "1000"))
+    assert isinstance(none, UsageError)
+    assert "No picture is left: " in none.message
+    assert not list(tmp_path.iterdir()), "neither the beginning of a data set nor a curator's key"
+    out.mkdir()
+    assert "No picture is left: " in _refusal(*_command(source, out, "--least-side", "1000")).message
+    result = _invoke(*_command(source, out))
+    assert result.exit_code == 0, result.output
+    assert f"pictures 0/{COUNT + 6}" in result.output
+    assert (tmp_path / "curator.pem").exists()
+
+
+def test_a_source_that_is_not_there_leaves_no_key(tmp_path: Path) -> None:
+    missing = _refusal(*_command(tmp_path / "nowhere", tmp_path / "data"))
+    assert "is neither a folder nor" in missing.message
+    assert not list(tmp_path.iterdir())
+    no_place = _refusal(*_command(tmp_path, tmp_path / "data", "--key", str(tmp_path / "not" / "there.pem")))
+    assert "to write the curator's key to" in no_place.message
+
+
+def test_one_of_something_is_not_called_several(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        image = Image.new("RGB", (32, 32), (number, 0, 0))
+        image.save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text("red")
+    out = tmp_path / "data"
+    made = _invoke(*_command(pictures, out, "--heldout", "1", "--processes", "1"))
+    assert made.exit_code == 0, made.output
+    assert "3 pictures in 1 shard (" in made.output
+    shown = _invoke("data", "inspect", str(out)).output
+    assert "look alike: 3 pictures under 1 caption, such as" in shown
 
 
 def _copy(prepared: Path, to: Path) -> Path:
