@@ -46,16 +46,22 @@ def init(
     curator: Annotated[
         str | None, typer.Option(help="The public key, 64 hex digits, that must have signed for a prepared data set.")
     ] = None,
-    shards: Annotated[int, typer.Option(min=1, help="Training shards to cut the digits into.")] = 8,
+    shards: Annotated[
+        int, typer.Option(min=1, help="Training shards to cut the digits into; other data has its own.")
+    ] = 8,
     root_key: Annotated[
-        Path | None, typer.Option(help="Where the run's root key goes [default: beside DIR, DIR-root.pem].")
+        Path | None, typer.Option(help="Where the run's root key goes; default: beside DIR, as DIR-root.pem.")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting that wins over run.toml; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting that wins over run.toml, such as training.steps=40; repeatable.",
+        ),
     ] = None,
     seed: Annotated[
-        str | None, typer.Option(help="64 hex digits that the first weights come from [default: drawn].")
+        str | None, typer.Option(help="64 hex digits that the first weights come from; default: drawn.")
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -63,7 +69,12 @@ def init(
             help="What `commonweight verify calibrate` wrote; sets the tolerances and publishes the evidence."
         ),
     ] = None,
-    template_only: Annotated[bool, typer.Option("--template-only", help="Only write run.toml, to be edited.")] = False,
+    template_only: Annotated[
+        bool,
+        typer.Option(
+            "--template-only", help="Only write run.toml, every setting explained, to be edited before the run is made."
+        ),
+    ] = False,
 ) -> None:
     """Make a run in DIR: run.toml (if there is none), keys, the signed run config, data and checkpoint 0."""
     from coordinator.clock import WallClock

@@ -63,23 +63,40 @@ def prepare(
         list[str] | None, typer.Option(help="Take only pictures with this licence; may be given several times.")
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For tables of links: the pictures, named by id.")
+        Path | None,
+        typer.Option(metavar="DIR", help="For tables that hold links: a folder with the pictures, named by id."),
     ] = None,
     least_side: Annotated[
         int | None, typer.Option(min=1, help="Skip pictures with a shorter side; default: that of the model.")
     ] = None,
     aspect: Annotated[
-        float, typer.Option(min=1.0, max=16.0, help="Also make pictures up to so many times longer than wide, or wide.")
+        float,
+        typer.Option(
+            min=1.0,
+            max=16.0,
+            help="Longest shape, one side over the other: 1 makes squares alone, 2 also what lies between 1:2 and 2:1.",
+        ),
     ] = 1.0,
-    shard_mib: Annotated[float, typer.Option(min=0.01, max=1024, help="Size of a shard, about.")] = 256.0,
-    heldout: Annotated[int, typer.Option(min=1, max=65_536, help="Pictures kept for validation.")] = 512,
-    least_in_bucket: Annotated[int, typer.Option(min=1, help="Give a size up if fewer pictures have it.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the shuffling.")] = 0,
+    shard_mib: Annotated[float, typer.Option(min=0.01, max=1024, help="About the size of a shard, in MiB.")] = 256.0,
+    heldout: Annotated[
+        int, typer.Option(min=1, max=65_536, help="Pictures kept for validation; nobody trains on them.")
+    ] = 512,
+    least_in_bucket: Annotated[
+        int, typer.Option(min=1, help="With --aspect: sizes that fewer pictures have are given up.")
+    ] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the shuffling.")] = 0,
     key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The curator's key; made if it is not there.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The curator's key, made if it is not there; default: beside DIR, as DIR-curator.pem."
+        ),
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: one for each core.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run has left.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Processes that work at once; default: one for each core.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted preparation has left.")
+    ] = False,
 ) -> None:
     """Make a data set: decode, skip what can't be used, cut to size, shuffle, encode, and sign a manifest.
 
