@@ -1,6 +1,7 @@
 """`commonweight coordinator`: make a run, check its settings, serve it, look at it, back it up."""
 
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -99,7 +100,8 @@ def init(
         write_settings(run, chosen)
         kept = before is not None and run.settings_file.read_bytes() == before
         what = "was there already and is left as it is" if kept else "is written"
-        typer.echo(f"{run.settings_file} {what}; edit it, then: commonweight coordinator init {directory}")
+        more = "" if data == "digits" else f" --data {shlex.quote(data)}"
+        typer.echo(f"{run.settings_file} {what}; edit it, then: commonweight coordinator init {directory}{more}")
         return
     key_file = (root_key or run.root.with_name(f"{run.root.name}-root.pem")).absolute()
     with _shards(data, shards, chosen, dataset) as (training, heldout):
