@@ -77,7 +77,9 @@ def load_networks(
     by_network, latent = isinstance(conditioning, EncodersConfig), isinstance(space, VaeSpace)
     if (by_network or latent) and components is None:
         needed = [*(encoder.name for encoder in _encoders_of(conditioning)), *(["an autoencoder"] if latent else [])]
-        raise ComponentsMissing(f"the checkpoint draws with networks of others ({', '.join(needed)})")
+        raise ComponentsMissing(
+            f"the checkpoint draws with networks of others ({', '.join(needed)}); name their folder with --components"
+        )
     encoders = autoencoder = None
     if isinstance(conditioning, EncodersConfig) and components is not None:
         encoders = load_encoders(components, conditioning, device, without=without)

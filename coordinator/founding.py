@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,7 @@ from coordinator.directory import (
     sync,
     write_file,
 )
+from coordinator.prepared_data import check_settings, describe
 from coordinator.settings import Settings, render
 from coordinator.settings_problems import show
 from coordinator.settings_sections import DataSettings
@@ -32,9 +33,7 @@ from diloco.checkpoint import write_checkpoint
 from diloco.genesis import initial_state
 from diloco.shards import Shard
 from mmdit.conditioning import ConditioningConfig
-from mmdit.encoders import conditioning_from_json
 from mmdit.export import write_description
-from mmdit.space import space_from_json
 from protocol import layout
 from protocol.assignment import stage_shards
 from protocol.canonical import sha256_hex
@@ -127,14 +126,14 @@ def found(
     """
     if seed is not None and len(seed) != SEED_BYTES:
         raise ValueError(f"a run's seed has {SEED_BYTES} bytes, this one has {len(seed)}")
-    described = describe(settings, dataset)
+    if dataset is not None:
+        check_settings(settings, dataset.manifest)
+    described = describe(settings, None if dataset is None else dataset.manifest)
     _check_shards(settings, described, shards, heldout)
     _check_evidence(settings, calibration)
     if not directory.founding.exists():
         _refuse_key_file(root_key_out)
-    with disk_trouble_explained("No run was made"):
-        directory.root.mkdir(parents=True, exist_ok=True)
-    with directory.lock(), disk_trouble_explained("No run was made"):
+    with _held(directory), disk_trouble_explained("No run was made"):
         root = _clear(directory, root_key_out)
         with _undone_on_failure(directory, root_key_out):
             work = directory.founding
@@ -150,28 +149,6 @@ def found(
             _export(root, root_key_out)
             _commit(directory, envelope)
     return directory.identity()
-
-
-def describe(settings: Settings, dataset: SignedDataset | None) -> Described:
-    """Return how captions and pictures become numbers: what the settings say, or leave to the data set.
-
-    Raises:
-        ConfigInvalid: they leave it to a data set that says nothing of it.
-        DatasetInvalid: the data set's word makes no sense.
-    """
-    encoder = {} if dataset is None else dataset.manifest.encoder
-    conditioning, space = encoder.get("conditioning"), encoder.get("space")
-    try:
-        return Described(
-            conditioning=conditioning_from_json(conditioning)
-            if settings.model.text == "encoders" and isinstance(conditioning, dict)
-            else settings.conditioning(),
-            space=space_from_json(space)
-            if isinstance(space, dict) and space.get("kind") == "vae"
-            else settings.space(),
-        )
-    except ValueError as error:
-        raise DatasetInvalid(f"The data set's manifest describes no encoder: {error}.") from None
 
 
 def _check_shards(settings: Settings, described: Described, shards: Sequence[Path], heldout: Path) -> None:
@@ -426,13 +403,6 @@ def _check_curated(config: RunConfig, dataset: SignedDataset) -> None:
     expected = [shard.sha256 for shard in (*signed.shards, signed.heldout)]
     if [shard.sha256 for shard in (*config.data.shards, config.data.heldout)] != expected:
         raise DatasetInvalid("The shards are not those that the curator has signed for; copy the data set again.")
-    for name, described in (("conditioning", config.conditioning), ("space", config.space)):
-        if signed.encoder.get(name) != described:
-            raise ConfigInvalid(
-                f"The data set was prepared with the {name} {show(signed.encoder.get(name))}, but the run has "
-                f"{show(described)}: set model.preset, model.text and model.max_tokens as they were, or prepare it "
-                "again."
-            )
 
 
 def _check_distinct(config: RunConfig) -> None:
@@ -515,12 +485,37 @@ def _commit(directory: RunDirectory, envelope: bytes) -> None:
 
 
 @contextmanager
+def _held(directory: RunDirectory) -> Iterator[None]:
+    """Hold the directory, made if it is missing; where no run comes of it, what was made for holding it goes again."""
+    made, had_lock = not directory.root.exists(), directory.lock_file.exists()
+    with disk_trouble_explained("No run was made"):
+        directory.root.mkdir(parents=True, exist_ok=True)
+    with directory.lock():
+        try:
+            yield
+        except BaseException:
+            if not directory.holds_run and not had_lock:
+                directory.lock_file.unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):  # the mark of the root key is still in it
+                    directory.root.rmdir()
+            raise
+
+
+@contextmanager
 def _undone_on_failure(directory: RunDirectory, root_key_out: Path) -> Iterator[None]:
     """Clear away what was made if founding fails by itself; after SIGKILL the next founding does it."""
+    file = directory.settings_file
+    said = file.read_bytes() if file.exists() else None
     try:
         yield
     except BaseException:
         if not directory.holds_run:
+            if said is None:
+                file.unlink(missing_ok=True)  # a later attempt would take it for the operator's own words
+            elif file.read_bytes() != said:
+                write_file(file, said)
+                file.with_name("run.toml.old").unlink(missing_ok=True)
             # Once the key is exported, the marker must stay: it is what lets the next founding take the key up again.
             kept = {directory.founding / _MARKER} if root_key_out.exists() else set()
             for path in {directory.keys, directory.public, *directory.founding.iterdir()} - kept:

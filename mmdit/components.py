@@ -53,11 +53,24 @@ def folder_digest(*folders: Path) -> str:
     """
     entries: dict[str, str] = {}
     for folder in folders:
-        for path in sorted(path for path in folder.rglob("*") if path.suffix in _MEANINGFUL):
+        for path in copied_files(folder):
             with path.open("rb") as file:
                 name = f"{folder.name}/{path.relative_to(folder).as_posix()}"
                 entries[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """Return the files of a network's folder that say what it computes."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in _MEANINGFUL and path.is_file())
+
+
+def require_networks(components: Path, conditioning: EncodersConfig, vae: VaeSpace | None) -> None:
+    """Raise `ComponentsMissing` unless a folder holds these very networks."""
+    for encoder in conditioning.encoders:
+        _require_digest(encoder.name, encoder.sha256, *(components / folder for folder in FOLDERS[encoder.name]))
+    if vae is not None:
+        _require_digest("the autoencoder", vae.sha256, components / VAE_FOLDER)
 
 
 def encoders_in(components: Path) -> tuple[EncoderName, ...]:

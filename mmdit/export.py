@@ -37,6 +37,12 @@ DESCRIPTION_PATH: Final = Path("commonweight.json")
 _FORMAT: Final = 1
 _Read = TypeVar("_Read")
 _MOST_JSON_BYTES: Final = 1 << 20
+_WIDENED: Final = (torch.bfloat16, torch.float16)
+"""What every number of is a number of fp32 too."""
+
+
+class NarrowWeights(ValueError):
+    """The weights have fewer bits than a checkpoint's: they were exported for drawing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,15 +100,23 @@ def write_description(
         (directory / path).write_bytes(content)
 
 
-def load_checkpoint(directory: Path, *, device: str = "cpu", ema: bool | None = None) -> Loaded:
+def weights_path(directory: Path, *, ema: bool | None = None) -> Path:
+    """Return which file of a checkpoint directory is drawn with, relative to it; `ema` as for `load_checkpoint`."""
+    averaged = (directory / EMA_PATH).exists() if ema is None else ema
+    return EMA_PATH if averaged else WEIGHTS_PATH
+
+
+def load_checkpoint(directory: Path, *, device: str = "cpu", ema: bool | None = None, widen: bool = False) -> Loaded:
     """Read a checkpoint directory, strictly: every file, every key and every tensor as `write_description` has them.
 
     Args:
         directory: a checkpoint's.
         device: where the weights go.
         ema: whether to take the running average of the weights; None takes it if it is there.
+        widen: take an export in bf16 or fp16 too; its weights become fp32 again.
 
     Raises:
+        NarrowWeights: it is such an export, and `widen` is not given; or one in fp8.
         ValueError: a file is missing, unreadable, or does not fit the others; the message names the file.
     """
     config = _from_file(directory / CONFIG_PATH, MMDiTConfig.from_diffusers)
@@ -110,19 +124,21 @@ def load_checkpoint(directory: Path, *, device: str = "cpu", ema: bool | None = 
     _check_fit(config, conditioning, space)
     shift = _from_file(directory / SCHEDULER_PATH, _read_shift)
     model = MMDiT(config, device="meta")
-    averaged = (directory / EMA_PATH).exists() if ema is None else ema
-    _load_weights(model, directory / (EMA_PATH if averaged else WEIGHTS_PATH), device)
+    _load_weights(model, directory / weights_path(directory, ema=ema), device, widen=widen)
     return Loaded(model=model.eval(), config=config, conditioning=conditioning, space=space, shift=shift)
 
 
-def _load_weights(model: MMDiT, path: Path, device: str) -> None:
+def _load_weights(model: MMDiT, path: Path, device: str, *, widen: bool) -> None:
     try:
         os.close(_open_plain(path))  # the library would wait for ever for somebody to write into a named pipe
         state = load_file(path, device=device)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    if widen:
+        state = {name: tensor.float() if tensor.dtype in _WIDENED else tensor for name, tensor in state.items()}
     if wrong := sorted(name for name, tensor in state.items() if tensor.dtype != torch.float32):
-        raise ValueError(f"{path} holds {wrong[0]} as {state[wrong[0]].dtype}; checkpoints are float32")
+        kind = NarrowWeights if state[wrong[0]].is_floating_point() else ValueError
+        raise kind(f"{path} holds {wrong[0]} as {state[wrong[0]].dtype}; checkpoints are float32")
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:

@@ -30,6 +30,7 @@ _MIB: Final = 1 << 20
 _MOST_CAPTION: Final = 4096
 _MOST_REPORT_BYTES: Final = 16 << 20
 _SHEET: Final = 64
+_CELL: Final = 64
 _EVERY_SECONDS: Final = 2.0
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared data set.")]
 
@@ -103,23 +104,40 @@ def prepare(
         list[str] | None, typer.Option(help="Take only pictures with this licence; may be given several times.")
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For tables of links: the pictures, named by id.")
+        Path | None,
+        typer.Option(metavar="DIR", help="For tables that hold links: a folder with the pictures, named by id."),
     ] = None,
     least_side: Annotated[
         int | None, typer.Option(min=1, help="Skip pictures with a shorter side; default: that of the model.")
     ] = None,
     aspect: Annotated[
-        float, typer.Option(min=1.0, max=16.0, help="Also make pictures up to so many times longer than wide, or wide.")
+        float,
+        typer.Option(
+            min=1.0,
+            max=16.0,
+            help="Longest shape, one side over the other: 1 makes squares alone, 2 also what lies between 1:2 and 2:1.",
+        ),
     ] = 1.0,
-    shard_mib: Annotated[float, typer.Option(min=0.01, max=1024, help="Size of a shard, about.")] = 256.0,
-    heldout: Annotated[int, typer.Option(min=1, max=65_536, help="Pictures kept for validation.")] = 512,
-    least_in_bucket: Annotated[int, typer.Option(min=1, help="Give a size up if fewer pictures have it.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the shuffling.")] = 0,
+    shard_mib: Annotated[float, typer.Option(min=0.01, max=1024, help="About the size of a shard, in MiB.")] = 256.0,
+    heldout: Annotated[
+        int, typer.Option(min=1, max=65_536, help="Pictures kept for validation; nobody trains on them.")
+    ] = 512,
+    least_in_bucket: Annotated[
+        int, typer.Option(min=1, help="With --aspect: sizes that fewer pictures have are given up.")
+    ] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the shuffling.")] = 0,
     key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The curator's key; made if it is not there.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The curator's key, made if it is not there; default: beside DIR, as DIR-curator.pem."
+        ),
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: one for each core.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run has left.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Processes that work at once; default: one for each core.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted preparation has left.")
+    ] = False,
 ) -> None:
     """Make a data set: decode, skip what can't be used, cut to size, shuffle, encode, and sign a manifest.
 
@@ -162,7 +180,8 @@ def prepare(
         most_caption=_MOST_CAPTION,
     )
     recipe = Recipe(
-        name=name or out.name,
+        name=name or out.resolve().name,
+        preset=preset,
         rules=rules,
         encoder=encoder,
         seed=seed.to_bytes(32, "little"),
@@ -173,11 +192,9 @@ def prepare(
         families=families if len(families) > 1 else (),
     )
     curator_key = key or out.absolute().parent / f"{out.absolute().name}-curator.pem"
-    began = time.monotonic()
+    began, sign_with = time.monotonic(), _curator(curator_key)
     with _told() as tell:
-        manifest = make(
-            source, out, recipe, _curator(curator_key), processes=processes or os.cpu_count() or 1, on_progress=tell
-        )
+        manifest = make(source, out, recipe, sign_with, processes=processes or os.cpu_count() or 1, on_progress=tell)
     _show(out, manifest, time.monotonic() - began)
     typer.echo(f"signed with {curator_key}; keep it: later versions of the data set should have the same curator")
 
@@ -209,7 +226,7 @@ def inspect(
             typer.echo(printable(line))
     if sheet is not None:
         count = _write_sheet(dataset, sheet)
-        typer.echo(printable(f"{sheet}: {count} pictures"))
+        typer.echo(printable(f"{sheet}: {_counted(count, 'picture')}"))
 
 
 @app.command()
@@ -227,8 +244,8 @@ def verify(
     check_shards(dataset)
     count = len(dataset.manifest.shards) + 1
     typer.echo(
-        f"right: {count} shards are what the curator {dataset.curator.hex[:12]} signed for, "
-        f"root {dataset.manifest.root[:12]}"
+        f"right: all {count} shards, the held-out one among them, are what the curator "
+        f"{dataset.curator.hex[:12]} signed for, root {dataset.manifest.root[:12]}"
     )
 
 
@@ -308,16 +325,22 @@ def _encoder(space: "Space", conditioning: "Conditioning", components: Path | No
     return NetworkEncoder(components=components, space=space, conditioning=conditioning, device=device)
 
 
-def _curator(path: Path) -> "PrivateKey":
+def _curator(path: Path) -> "Callable[[], PrivateKey]":
+    """Return what gives the curator's key. A new one is made only when it is asked for: many a try ends before."""
     from protocol.keys import PrivateKey
 
     if path.exists():
-        return PrivateKey.load(path)
+        key = PrivateKey.load(path)
+        return lambda: key
     if not path.parent.is_dir():
         raise UsageError(f"There is no directory {path.parent} to write the curator's key to.")
-    key = PrivateKey.generate()
-    key.save(path)
-    return key
+
+    def make() -> PrivateKey:
+        made = PrivateKey.generate()
+        made.save(path)
+        return made
+
+    return make
 
 
 @contextmanager
@@ -333,9 +356,9 @@ def _told() -> "Iterator[Callable[[Progress], None]]":
             return
         last[0] = now
         done = (
-            f"shards {progress.shards}/{progress.of_shards}"
+            f"shards {progress.shards:,}/{progress.of_shards:,}"
             if progress.of_shards
-            else f"pictures {progress.pictures:,}"
+            else f"pictures {progress.pictures:,}/{progress.of_pictures:,}"
         )
         typer.echo(f"\r{done:<40}" if terminal else done, err=True, nl=not terminal)
 
@@ -353,8 +376,8 @@ def _show(directory: Path, manifest: "DatasetManifest", seconds: float | None) -
     looked_at = pictures + manifest.heldout.samples + sum(reason.pictures for reason in manifest.skipped)
     lines = [
         (
-            f"{directory}: {manifest.name}, {pictures:,} pictures in {len(manifest.shards)} shards "
-            f"({_size(total)}), {manifest.heldout.samples:,} held out"
+            f"{directory}: {manifest.name}, {_counted(pictures, 'picture')} in "
+            f"{_counted(len(manifest.shards), 'shard')} ({_size(total)}), {manifest.heldout.samples:,} held out"
         ),
         f"sizes: {_listed(sizes(manifest).most_common())}",
         f"licences: {_listed(licences(manifest).most_common())}",
@@ -370,6 +393,10 @@ def _show(directory: Path, manifest: "DatasetManifest", seconds: float | None) -
         typer.echo(printable(line))
 
 
+def _counted(count: object, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s") if isinstance(count, int) else f"{count} {what}s"
+
+
 def _listed(counts: Sequence[tuple[str, int]]) -> str:
     shown = ", ".join(f"{name} {count:,}" for name, count in counts[:8])
     return shown + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
@@ -380,14 +407,15 @@ def _suspicions(report: dict[str, object]) -> Iterator[str]:
     assert isinstance(characters, dict)
     yield "caption characters: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in characters.items())
     for name, words in (
-        ("repeated_captions", "repeated caption: {caption!r}, {pictures} pictures"),
-        ("near_duplicates", "look alike: {pictures} pictures under {captions} captions, such as {keys[0]}"),
-        ("words_of_look_alikes", "only with pictures that look alike: the word {word!r}, {pictures} pictures"),
+        ("repeated_captions", "repeated caption: {caption!r}, {pictures}"),
+        ("near_duplicates", "look alike: {pictures} under {captions}, such as {keys[0]}"),
+        ("words_of_look_alikes", "only with pictures that look alike: the word {word!r}, {pictures}"),
     ):
         found = report[name]
         assert isinstance(found, list)
         for entry in found[:3]:
-            yield words.format(**entry)
+            counted = {name: _counted(entry[name], name[:-1]) for name in ("pictures", "captions") if name in entry}
+            yield words.format(**{**entry, **counted})
 
 
 def _size(count: float) -> str:
@@ -398,7 +426,10 @@ def _size(count: float) -> str:
 
 
 def _write_sheet(dataset: "Dataset", path: Path) -> int:
-    """Write pictures from every shard side by side, each in a cell as large as the largest; return how many."""
+    """Write pictures from every shard side by side, each in a cell as large as the largest; return how many.
+
+    Small ones are enlarged, by a whole factor, to cells of about 64 pixels.
+    """
     import math
 
     import numpy as np
@@ -428,8 +459,9 @@ def _write_sheet(dataset: "Dataset", path: Path) -> int:
     for index, picture in enumerate(found):
         top, left = index // across * height, index % across * width
         sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    factor = max(1, _CELL // max(height, width))
     try:
-        path.write_bytes(png_bytes(sheet))
+        path.write_bytes(png_bytes(sheet.repeat(factor, axis=0).repeat(factor, axis=1)))
     except OSError as error:
         raise trouble_with(path, error) from None
     return len(found)

@@ -65,7 +65,7 @@ def plan(
     if len(kept) <= heldout or heldout < 1:
         raise UsageError(
             f"{heldout} held-out pictures of {len(kept)} of size {fullest}: at least one must be held out, and one "
-            f"left to train on. Skipped were: {_counted(skipped)}."
+            f"left to train on; set --heldout lower, or add pictures. Skipped were: {_counted(skipped)}."
         )
     hidden = {row.key for row in kept[:heldout]}  # in no size may they be trained on
     shards = [

@@ -228,12 +228,22 @@ def test_a_damaged_or_missing_shard_is_refused_and_nothing_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_founding_that_fails_leaves_nothing_but_the_directory(founding: Founding, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [None, "[training]\nsteps = 20 # mine\n"])
+def test_a_founding_that_fails_leaves_what_was_there_before(
+    founding: Founding, tmp_path: Path, words: str | None
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    if words is not None:
+        directory.root.mkdir()
+        directory.settings_file.write_text(words)
     # The export goes through a file beside the key: where that can't be written, founding fails late.
     (tmp_path / ".root.pem.part").mkdir()
     with pytest.raises(LocalProblem, match="No run was made"):
-        founding()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "run.toml"}
+        founding("training.steps=40")
+    if words is None:
+        assert not directory.root.exists()
+    else:
+        assert contents(directory.root) == {"run.toml": words.encode()}
     (tmp_path / ".root.pem.part").rmdir()
     assert founding().run
 
