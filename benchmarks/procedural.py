@@ -291,6 +291,7 @@ def _training(steps: int, batch: int, precision: Literal["fp32", "bf16"], eps: f
         text_dropout=6554,
         segment_steps=5,
         precision=precision,
+        optimizer="adamw",
     )
 
 

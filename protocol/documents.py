@@ -262,6 +262,7 @@ class Training:
     text_dropout: Annotated[int, Field(ge=0, le=65_536)]
     segment_steps: Positive
     precision: Literal["fp32", "bf16"]
+    optimizer: Literal["adamw", "adamw-factored"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,7 +364,7 @@ class RunConfig:
     """
 
     TYPE: ClassVar[str] = _media_type("run-config")
-    FORMAT: ClassVar[int] = 5
+    FORMAT: ClassVar[int] = 6
     name: ShortText
     numerics: Count
     verification: Verification

@@ -128,15 +128,15 @@ GOLDEN = {
     "OwnerRevocation": "4d6f00807a6db35e",
     "Endpoint": "8b84b4caeb8afd1e",
     "SessionProof": "fc816c6eddabd9b5",
-    "RunConfig": "4c7f21448a207250",
-    "Lease": "6fa412119a46a2a7",
-    "Claim": "b7f00251f1b29293",
-    "ClaimReceipt": "8d5498b97b034106",
-    "BytesReceipt": "4e373bb8095f8eb9",
-    "Verdict": "86b355a5312c30b9",
-    "Opinion": "e2dbee1a80cfb894",
+    "RunConfig": "622a7b59c76dcbbb",
+    "Lease": "2ae9aa77952381b3",
+    "Claim": "0fea7bd16495e114",
+    "ClaimReceipt": "20e3afbf5a4b6e4a",
+    "BytesReceipt": "2c3c175bd785fc14",
+    "Verdict": "b61570efda7e2054",
+    "Opinion": "70279644dd604085",
     "DatasetManifest": "953f990b27ab9ae3",
-    "Manifest": "873921428b7b508d",
+    "Manifest": "077ae10efc377967",
 }
 
 
