@@ -36,13 +36,16 @@ class NarrowTrainer:
         self._dtype = dtype
         self._parts = execution.parts
         self._grad_clip = grad_clip
-        self._home = "cpu" if execution.keeping == "host" else device
-        self._away = self._home != device
+        self._device = device
+        self._away = execution.keeping == "host"
+        self._home = "cpu" if self._away else device
         whole = build(config, base, device=self._home)
         self.masters = dict(sorted(whole.named_parameters()))
         # One optimiser for each tensor, so that no more than one gradient is ever in fp32.
         self._optimizers = {name: make_optimizer([master]) for name, master in self.masters.items()}
-        self._model = _copied(whole, device, dtype)
+        # In fp32 with everything on the device a copy would be the same numbers twice.
+        self._copies = self._away or dtype != torch.float32
+        self._model = _copied(whole, device, dtype, copy=self._copies)
         self._model.checkpointing = execution.checkpointing
         self._parameters = dict(self._model.named_parameters())
         self._gradients: dict[str, torch.Tensor] = {}
@@ -54,12 +57,12 @@ class NarrowTrainer:
         """Make one step on a batch; return the loss of each part, which add up to the batch's.
 
         Args:
-            drawn: the batch, on the device, fp32.
+            drawn: the batch, on the CPU, fp32.
             lr: this step's learning rate.
         """
         losses: list[torch.Tensor] = []
         self._arrived.clear()
-        for part in drawn.parts(self._parts):
+        for part in (each.to(self._device) for each in drawn.parts(self._parts)):
             loss = flow_loss_B(self._predict, part.latent, part.text, part.pooled, part.noise, part.t).mean()
             if self._parts > 1:
                 loss = loss / self._parts
@@ -109,15 +112,14 @@ class NarrowTrainer:
                 group["lr"] = lr
             optimizer.step()
             master.grad = None
-            parameter = self._parameters[name]
-            if parameter.data_ptr() != master.data_ptr():
-                parameter.copy_(master)
+            if self._copies:
+                self._parameters[name].copy_(master)
 
 
-def _copied(whole: MMDiT, device: str, dtype: torch.dtype) -> MMDiT:
-    """Return the model on `device`, its parameters in `dtype`; where nothing changes it shares their memory."""
+def _copied(whole: MMDiT, device: str, dtype: torch.dtype, *, copy: bool) -> MMDiT:
+    """Return the model on `device`, its parameters in `dtype`, copied or else sharing their memory."""
     model = MMDiT(whole.config, device="meta")
-    state = {name: parameter.detach().to(device, dtype) for name, parameter in whole.named_parameters()}
+    state = {name: parameter.detach().to(device, dtype, copy=copy) for name, parameter in whole.named_parameters()}
     state |= {name: buffer.to(device) for name, buffer in whole.named_buffers()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(requires_grad=True).train()

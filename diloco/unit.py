@@ -168,7 +168,7 @@ def run_unit(
             step, training.batch, shards, max_tokens=training.max_tokens, text_dropout=training.text_dropout
         )
         lr = training.lr_at(step, spec.lr_scale)
-        losses.append(math.fsum(float(loss.item()) for loss in trainer.step(drawn.to(device), lr)))
+        losses.append(math.fsum(float(loss.item()) for loss in trainer.step(drawn, lr)))
         if not math.isfinite(losses[-1]):
             raise TrainingDiverged(
                 f"The loss became {losses[-1]} at step {step + 1} of {training.steps}; unit dropped."
@@ -192,7 +192,7 @@ class StepTrainer(Protocol):
     masters: dict[str, torch.nn.Parameter]
 
     def step(self, drawn: Batch, lr: float) -> list[torch.Tensor]:
-        """Make one step; return the loss of each part of the batch, which add up to the batch's."""
+        """Make one step on a batch (on the CPU); return the loss of each of its parts, which add up to the batch's."""
         ...
 
 
@@ -270,7 +270,8 @@ def _train_step(
 ) -> list[torch.Tensor]:
     optimizer.zero_grad(set_to_none=True)
     losses: list[torch.Tensor] = []
-    for part in drawn.parts(parts):
+    device = str(next(iter(parameters.values())).device)
+    for part in (each.to(device) for each in drawn.parts(parts)):
         predict = _in_bf16(model, parameters) if training.precision == "bf16" else model
         loss = flow_loss_B(predict, part.latent, part.text, part.pooled, part.noise, part.t).mean()
         if parts > 1:
