@@ -56,8 +56,12 @@ def test_parameters_are_counted_as_the_model_has_them(config: MMDiTConfig) -> No
 
 
 CASES = [
-    *product((SMALL, NO_NORM, DUAL), ("fp32", "bf16"), (PLAIN, AGAIN)),
-    *product((SMALL,), ("fp32", "bf16"), (NARROW, HOST, Execution(parts=4), dataclasses.replace(HOST, parts=4))),
+    *product((SMALL,), ("fp32", "bf16"), (PLAIN, AGAIN, HOST)),
+    (SMALL, "bf16", NARROW),
+    (SMALL, "bf16", Execution(parts=4)),
+    (SMALL, "bf16", dataclasses.replace(HOST, parts=4)),
+    (NO_NORM, "fp32", PLAIN),
+    (DUAL, "bf16", PLAIN),
 ]
 
 
@@ -69,8 +73,7 @@ def test_the_count_is_within_a_tenth_of_what_a_step_takes(
     assert counted(step, execution) == pytest.approx(measured_bytes(step, execution, fake=False), rel=0.1)
 
 
-@pytest.mark.parametrize("execution", [PLAIN, NARROW])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "execution"), [("fp32", PLAIN), ("bf16", NARROW)])
 def test_so_it_is_with_factored_moments(precision: Precision, execution: Execution) -> None:
     step = work(precision=precision, optimizer="adamw-factored")
     assert counted(step, execution) == pytest.approx(measured_bytes(step, execution, fake=False), rel=0.1)
