@@ -21,6 +21,7 @@ from diloco.tables import Floats
 from diloco.trail import Segment, Trail
 from mmdit.config import MMDiTConfig
 from mmdit.flow import VelocityModel, flow_loss_B
+from mmdit.products import to_bf16
 from mmdit.transformer import MMDiT, build
 from protocol.errors import TrainingDiverged
 
@@ -155,7 +156,7 @@ def run_unit(
     model.train()
     # One order for optimiser, trail and delta: the schema's.
     parameters = dict(sorted(model.named_parameters()))
-    optimizer = _adamw(training, parameters)
+    optimizer = adamw(training, parameters)
     draws = Draws(spec.seed)
     losses: list[float] = []
     segments: list[Segment] = []
@@ -164,7 +165,7 @@ def run_unit(
             step, training.batch, shards, max_tokens=training.max_tokens, text_dropout=training.text_dropout
         )
         lr = training.lr_at(step, spec.lr_scale)
-        losses.append(_train_step(model, parameters, optimizer, drawn.to(device), training, lr, parts))
+        losses.append(train_step(model, parameters, optimizer, drawn.to(device), training, lr, parts))
         if not math.isfinite(losses[-1]):
             raise TrainingDiverged(
                 f"The loss became {losses[-1]} at step {step + 1} of {training.steps}; unit dropped."
@@ -182,7 +183,7 @@ def run_unit(
     )
 
 
-def _adamw(training: TrainingSpec, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
+def adamw(training: TrainingSpec, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
     # fused=True is fixed, not left to torch's choice of the day: it exists on CPU and CUDA in every torch that we
     # admit, does the same arithmetic on both, and is the quickest for models of many small tensors.
     return torch.optim.AdamW(
@@ -195,7 +196,7 @@ def _adamw(training: TrainingSpec, parameters: Mapping[str, torch.nn.Parameter])
     )
 
 
-def _train_step(
+def train_step(
     model: MMDiT,
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.AdamW,
@@ -227,7 +228,7 @@ def _in_bf16(model: MMDiT, parameters: Mapping[str, torch.nn.Parameter]) -> Velo
     go in as fp32, since bf16 would merge neighbours, and are narrowed after they have become waves. The casts are part
     of the graph, so gradients arrive at the fp32 weights as fp32.
     """
-    narrow = {name: parameter.to(torch.bfloat16) for name, parameter in parameters.items()}
+    narrow = {name: to_bf16(parameter) for name, parameter in parameters.items()}
 
     def predict(
         latent_BCHW: torch.Tensor, text_BLD: torch.Tensor, pooled_BP: torch.Tensor, timestep_B: torch.Tensor, /

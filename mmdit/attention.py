@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from mmdit.config import QkNorm
 from mmdit.layers import apply_linear
+from mmdit.products import attend
 
 _QK_EPS = 1e-6
 
@@ -20,7 +21,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_BLHE: Tensor) -> Tensor:
         """Normalise the last axis; the shape stays."""
-        return functional.rms_norm(x_BLHE, self.weight.shape, self.weight, _QK_EPS)
+        return functional.rms_norm(x_BLHE, self.weight.shape, self.weight.to(x_BLHE.dtype), _QK_EPS)
 
 
 class Attention(nn.Module):
@@ -122,7 +123,5 @@ class _WithUnread(torch.autograd.Function):
 
 def _attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
     """Scaled dot-product attention of [B, S, heads, head width]; returns [B, S, D]."""
-    out_BHSE = functional.scaled_dot_product_attention(
-        q_BSHE.transpose(1, 2), k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2)
-    )
+    out_BHSE = attend(q_BSHE.transpose(1, 2), k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2))
     return out_BHSE.transpose(1, 2).flatten(2)
