@@ -1,107 +1,126 @@
-"""Matrix products and attention in bf16, also where the processor has no instructions for them.
+"""Linear maps and attention in bf16, also where the processor has no instructions for them.
 
-What bf16 means here is the same everywhere: operands are bf16 numbers, sums are fp32, results are rounded to bf16. A
-processor without such instructions gets them slowly from torch (on AVX2 a forward product takes nine times, a backward
-one up to a hundred times as long as in fp32). There the same numbers go through the fp32 product instead: a product of
-two bf16 numbers is exact in fp32, so nothing but the order of the sums differs.
+A processor without such instructions gets bf16 products slowly from torch: on AVX2 a forward product takes nine times
+as long as in fp32, a backward one up to a hundred times. There the same numbers go through the fp32 product instead. A
+product of two bf16 numbers is exact in fp32, and both ways sum in fp32 and round to bf16 what goes on through the net,
+so little but the order of the sums differs. Gradients of weights, which go nowhere but to the optimiser, are left as
+they were summed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
-_in_fp32: ContextVar[bool | None] = ContextVar("_in_fp32", default=None)
+_chosen: ContextVar[bool | None] = ContextVar("_chosen", default=None)
+
+
+def linears(layers: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...]:
+    """Several layers' maps of the same tokens [..., D], without the module calls, whose bookkeeping shows."""
+    if _goes_through_fp32(x):
+        flat = [tensor.float() for layer in layers for tensor in (layer.weight, layer.bias)]
+        maps: tuple[Tensor, ...] = _WidenedLinears.apply(x, *flat)  # type: ignore[no-untyped-call]
+        return maps
+    return tuple(functional.linear(x, layer.weight, layer.bias) for layer in layers)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The linear map of tokens [..., D] by a weight [N, D]; in bf16 the weight may be held in fp32, see `to_bf16`."""
-    if _is_widened(x):
-        return _WidenedLinear.apply(x, weight.float(), bias.float())  # type: ignore[no-any-return,no-untyped-call]
+    """One map of tokens [..., D] by a weight [N, D]."""
+    if _goes_through_fp32(x):
+        maps: tuple[Tensor, ...] = _WidenedLinears.apply(x, weight.float(), bias.float())  # type: ignore[no-untyped-call]
+        return maps[0]
     return functional.linear(x, weight, bias)
 
 
-def attend(q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
-    """Scaled dot-product attention."""
-    if _is_widened(q_BHSE):
+def attention(q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
+    """Scaled dot-product attention; [B, heads, tokens, head width]."""
+    if _goes_through_fp32(q_BHSE):
         wide = functional.scaled_dot_product_attention(q_BHSE.float(), k_BHSE.float(), v_BHSE.float())
         return wide.to(q_BHSE.dtype)
     return functional.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE)
 
 
-def to_bf16(parameter: Tensor) -> Tensor:
-    """A weight rounded to bf16, as a part of the graph: its gradient arrives as fp32.
+def rounded_to_bf16(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The fp32 weights rounded to bf16, as a part of the graph: their gradients arrive as fp32.
 
-    Where products go through fp32 the rounded weight is held in fp32, so that it is not converted again in each pass.
+    Where products go through fp32 the rounded weights are held in fp32, so that no pass converts them again.
     """
-    if _goes_through_fp32(parameter.device):
-        return _RoundedToBf16.apply(parameter)  # type: ignore[no-any-return,no-untyped-call]
-    return parameter.to(torch.bfloat16)
+    if not in_fp32(weights[0].device):
+        return [weight.to(torch.bfloat16) for weight in weights]
+    rounded: tuple[Tensor, ...] = _Rounded.apply(*weights)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 @contextmanager
-def bf16_products(*, in_fp32: bool) -> Iterator[None]:
-    """Choose within the block how a CPU multiplies bf16 numbers, to compare the ways; outside the processor decides."""
-    token = _in_fp32.set(in_fp32)
+def bf16_products(*, through_fp32: bool) -> Iterator[None]:
+    """Choose within the block how the CPU multiplies bf16 numbers, to compare both ways; else the processor decides."""
+    token = _chosen.set(through_fp32)
     try:
         yield
     finally:
-        _in_fp32.reset(token)
+        _chosen.reset(token)
 
 
-def _is_widened(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and _goes_through_fp32(x.device)
-
-
-def _goes_through_fp32(device: torch.device) -> bool:
+def in_fp32(device: torch.device) -> bool:
+    """Whether bf16 products go through fp32 on this device."""
     if device.type != "cpu":
         return False
-    chosen = _in_fp32.get()
+    chosen = _chosen.get()
     return not _has_bf16_products() if chosen is None else chosen
+
+
+def _goes_through_fp32(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and in_fp32(x.device)
 
 
 @cache
 def _has_bf16_products() -> bool:
-    """Whether torch multiplies bf16 matrices on this CPU by a kernel made for it; it asks the processor, once."""
+    # What torch itself asks before it hands a bf16 product to oneDNN. Without the question the answer is no, which
+    # costs speed at most.
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is not None and bool(supported())
 
 
-class _RoundedToBf16(torch.autograd.Function):
-    """Rounds to bf16 and keeps fp32; the gradient, which the products have rounded, passes through."""
+class _Rounded(torch.autograd.Function):
+    """Rounds to bf16 and keeps fp32; gradients pass through as they are. One node for all weights of a model."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:  # noqa: ARG004  the signature is torch's
-        return x.to(torch.bfloat16).float()
+    def forward(ctx: FunctionCtx, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(value=False)  # type: ignore[attr-defined]
+        return tuple(weight.to(torch.bfloat16).float() for weight in weights)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:  # noqa: ARG004
-        (gradient,) = gradients
-        return gradient
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        return gradients
 
 
-class _WidenedLinear(torch.autograd.Function):
-    """A linear map of bf16 tokens by bf16 numbers that are held in fp32; every result is rounded to bf16."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return functional.linear(x.float(), weight, bias).to(torch.bfloat16)
+class _WidenedLinears(torch.autograd.Function):
+    """Linear maps of the same bf16 tokens, by bf16 numbers that are held in fp32."""
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        wide = gradients[0].reshape(-1, weight.shape[0]).float()
-        needs_x: bool = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
-        of_x = torch.mm(wide, weight).to(torch.bfloat16).view(x.shape) if needs_x else None
-        of_weight = torch.mm(wide.t(), x.reshape(-1, weight.shape[1]).float())
-        return of_x, _rounded_(of_weight), _rounded_(wide.sum(0))
+    def forward(ctx: FunctionCtx, x: Tensor, *weights_and_biases: Tensor) -> tuple[Tensor, ...]:
+        weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
+        ctx.save_for_backward(x, *weights)
+        wide = x.float()
+        return tuple(
+            functional.linear(wide, weight, bias).to(x.dtype) for weight, bias in zip(weights, biases, strict=True)
+        )
 
-
-def _rounded_(x: Tensor) -> Tensor:
-    return x.copy_(x.to(torch.bfloat16))
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        wide = x.flatten(0, -2).float()
+        flat = [gradient.flatten(0, -2).float() for gradient in gradients]
+        of_x: Tensor | None = None
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            of_x = torch.mm(flat[0], weights[0])
+            for gradient, weight in zip(flat[1:], weights[1:], strict=True):
+                of_x.addmm_(gradient, weight)
+            of_x = of_x.to(x.dtype).view(x.shape)
+        of_layers = ((torch.mm(gradient.t(), wide), gradient.sum(0)) for gradient in flat)
+        return (of_x, *(each for pair in of_layers for each in pair))
