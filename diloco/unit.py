@@ -156,7 +156,7 @@ def run_unit(
     model.train()
     # One order for optimiser, trail and delta: the schema's.
     parameters = dict(sorted(model.named_parameters()))
-    optimizer = adamw(training, parameters)
+    optimizer = _adamw(training, parameters)
     draws = Draws(spec.seed)
     losses: list[float] = []
     segments: list[Segment] = []
@@ -165,7 +165,7 @@ def run_unit(
             step, training.batch, shards, max_tokens=training.max_tokens, text_dropout=training.text_dropout
         )
         lr = training.lr_at(step, spec.lr_scale)
-        losses.append(train_step(model, parameters, optimizer, drawn.to(device), training, lr, parts))
+        losses.append(_train_step(model, parameters, optimizer, drawn.to(device), training, lr, parts))
         if not math.isfinite(losses[-1]):
             raise TrainingDiverged(
                 f"The loss became {losses[-1]} at step {step + 1} of {training.steps}; unit dropped."
@@ -183,7 +183,7 @@ def run_unit(
     )
 
 
-def adamw(training: TrainingSpec, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
+def _adamw(training: TrainingSpec, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
     # fused=True is fixed, not left to torch's choice of the day: it exists on CPU and CUDA in every torch that we
     # admit, does the same arithmetic on both, and is the quickest for models of many small tensors.
     return torch.optim.AdamW(
@@ -196,7 +196,7 @@ def adamw(training: TrainingSpec, parameters: Mapping[str, torch.nn.Parameter]) 
     )
 
 
-def train_step(
+def _train_step(
     model: MMDiT,
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.AdamW,

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.nn import functional
 
 from mmdit.config import QkNorm
 from mmdit.layers import apply_linear
+from mmdit.pointwise import rms_norm
 from mmdit.products import attention, linears
 
 _QK_EPS = 1e-6
@@ -21,7 +21,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_BLHE: Tensor) -> Tensor:
         """Normalise the last axis; the shape stays."""
-        return functional.rms_norm(x_BLHE, self.weight.shape, self.weight.to(x_BLHE.dtype), _QK_EPS)
+        return rms_norm(x_BLHE, self.weight, _QK_EPS)
 
 
 class Attention(nn.Module):

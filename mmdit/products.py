@@ -2,9 +2,8 @@
 
 A processor without such instructions gets bf16 products slowly from torch: on AVX2 a forward product takes nine times
 as long as in fp32, a backward one up to a hundred times. There the same numbers go through the fp32 product instead. A
-product of two bf16 numbers is exact in fp32, and both ways sum in fp32 and round to bf16 what goes on through the net,
-so little but the order of the sums differs. Gradients of weights, which go nowhere but to the optimiser, are left as
-they were summed.
+product of two bf16 numbers is exact in fp32, and both ways sum in fp32 and round the result to bf16, so that little but
+the order of the sums differs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,18 +22,13 @@ _chosen: ContextVar[bool | None] = ContextVar("_chosen", default=None)
 def linears(layers: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...]:
     """Several layers' maps of the same tokens [..., D], without the module calls, whose bookkeeping shows."""
     if _goes_through_fp32(x):
-        flat = [tensor.float() for layer in layers for tensor in (layer.weight, layer.bias)]
-        maps: tuple[Tensor, ...] = _WidenedLinears.apply(x, *flat)  # type: ignore[no-untyped-call]
-        return maps
+        return _widened(x, *(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
     return tuple(functional.linear(x, layer.weight, layer.bias) for layer in layers)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One map of tokens [..., D] by a weight [N, D]."""
-    if _goes_through_fp32(x):
-        maps: tuple[Tensor, ...] = _WidenedLinears.apply(x, weight.float(), bias.float())  # type: ignore[no-untyped-call]
-        return maps[0]
-    return functional.linear(x, weight, bias)
+    return _widened(x, weight, bias)[0] if _goes_through_fp32(x) else functional.linear(x, weight, bias)
 
 
 def attention(q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
@@ -99,17 +93,24 @@ class _Rounded(torch.autograd.Function):
         return gradients
 
 
+def _widened(x: Tensor, *weights_and_biases: Tensor) -> tuple[Tensor, ...]:
+    maps: tuple[Tensor, ...] = _WidenedLinears.apply(x, *weights_and_biases)  # type: ignore[no-untyped-call]
+    return maps
+
+
 class _WidenedLinears(torch.autograd.Function):
-    """Linear maps of the same bf16 tokens, by bf16 numbers that are held in fp32."""
+    """Linear maps of the same bf16 tokens, by bf16 numbers whether held in bf16 or in fp32; the bias follows a weight.
+
+    Every result is rounded to bf16, the gradients of weights too, though they are handed on in what holds the weight.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, *weights_and_biases: Tensor) -> tuple[Tensor, ...]:
         weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
         ctx.save_for_backward(x, *weights)
         wide = x.float()
-        return tuple(
-            functional.linear(wide, weight, bias).to(x.dtype) for weight, bias in zip(weights, biases, strict=True)
-        )
+        pairs = zip(weights, biases, strict=True)
+        return tuple(functional.linear(wide, weight.float(), bias.float()).to(x.dtype) for weight, bias in pairs)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,9 +119,16 @@ class _WidenedLinears(torch.autograd.Function):
         flat = [gradient.flatten(0, -2).float() for gradient in gradients]
         of_x: Tensor | None = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            of_x = torch.mm(flat[0], weights[0])
+            of_x = torch.mm(flat[0], weights[0].float())
             for gradient, weight in zip(flat[1:], weights[1:], strict=True):
-                of_x.addmm_(gradient, weight)
+                of_x.addmm_(gradient, weight.float())
             of_x = of_x.to(x.dtype).view(x.shape)
-        of_layers = ((torch.mm(gradient.t(), wide), gradient.sum(0)) for gradient in flat)
-        return (of_x, *(each for pair in of_layers for each in pair))
+        of_layers: list[Tensor] = []
+        for gradient, weight in zip(flat, weights, strict=True):
+            of_layers += (_rounded(torch.mm(gradient.t(), wide), weight), _rounded(gradient.sum(0), weight))
+        return (of_x, *of_layers)
+
+
+def _rounded(x: Tensor, holder: Tensor) -> Tensor:
+    narrow = x.to(torch.bfloat16)
+    return narrow if holder.dtype == torch.bfloat16 else x.copy_(narrow)
