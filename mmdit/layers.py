@@ -111,6 +111,7 @@ class PatchEmbed(nn.Module):
             )
         # A convolution whose stride is its kernel is a linear map of each patch, and much quicker as one.
         patches = latent_BCHW.reshape(*latent_BCHW.shape[:2], rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        assert self.proj.bias is not None
         tokens_BLD = linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
         return tokens_BLD + self._places(rows, columns).to(tokens_BLD.dtype)
 

@@ -33,7 +33,7 @@ class _Gelu(torch.autograd.Function):
         y, derivative = torch.empty_like(x), torch.empty_like(x)
         line = torch.tensor(_LINE)
         rooms = torch.empty(3, min(_CHUNK, x.numel()), dtype=torch.float32)
-        pieces = (tensor.view(-1).split(_CHUNK) for tensor in (x, y, derivative))
+        pieces = (torch.split(tensor.view(-1), _CHUNK) for tensor in (x, y, derivative))
         for piece, y_piece, derivative_piece in zip(*pieces, strict=True):
             u, s, t = rooms[:, : piece.numel()].unbind()
             wide = piece.float()
@@ -50,7 +50,7 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
         (derivative,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradients[0] * derivative
+        return torch.mul(gradients[0], derivative)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -27,7 +27,7 @@ def linears(layers: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """One map of tokens [..., D] by a weight [N, D]."""
+    """One map of tokens [..., D] by a weight [N, D] and a bias [N]."""
     return _widened(x, weight, bias)[0] if _goes_through_fp32(x) else functional.linear(x, weight, bias)
 
 
@@ -85,7 +85,7 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(value=False)  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(value=False)
         return tuple(weight.to(torch.bfloat16).float() for weight in weights)
 
     @staticmethod
