@@ -14,6 +14,7 @@ from diloco.tables import Floats
 from diloco.unit import TrainingSpec, make_trainer
 from mmdit.config import MMDiTConfig
 from mmdit.initial import POSITION_TABLE
+from mmdit.products import bf16_products
 from mmdit.transformer import trainable_schema
 
 _STEPS = 2
@@ -33,11 +34,14 @@ def measured_on_gpu(work: Work, execution: Execution) -> int:
 def measured_bytes(work: Work, execution: Execution, *, fake: bool) -> int:
     """Return the most bytes of tensors that lived at once in the second step, on the CPU.
 
+    bf16 products are those of a device that has them, which is what is counted; without them a CPU holds fp32 copies.
+
     Args:
         fake: on tensors without bytes, so that the model may be larger than this machine.
     """
     allocations = Allocations()
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), allocations:
+    pretended = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with bf16_products(through_fp32=False), pretended, allocations:
         trainer = make_trainer(_training(work), work.config, _base(work.config), device="cpu", execution=execution)
         for _ in range(_STEPS):
             allocations.reset()

@@ -1,6 +1,8 @@
 """Does this machine compute canonical bytes, and is it set up to train as the run says?"""
 
+import ctypes
 import hashlib
+import sys
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +21,9 @@ from protocol.errors import SelfTestFailed
 GOLDEN: Final = "8b4693eb9c2d1af93217915e7d5469ad1a83f16d4ef93ec03447ef019d684d25"
 """SHA-256 that `selftest_digest` gives on every right machine; part of `NUMERICS`."""
 _SUBNORMAL: Final = np.float32(2.0**-140)
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +101,7 @@ def set_precision(device: str, threads: int) -> PrecisionReport:
     torch.set_flush_denormal(False)
     # Covers all matrix products; the patch embedding is one of them, so no convolution, with a switch of its own, runs.
     torch.set_float32_matmul_precision("highest")
+    _keep_freed_memory()
     if device == "cpu":
         return PrecisionReport(
             device=device,
@@ -112,3 +118,16 @@ def set_precision(device: str, threads: int) -> PrecisionReport:
         bitwise_repeatable=False,
         reason="attention's backward pass on GPUs may add in any order; forcing an order costs more than it buys",
     )
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next step.
+
+    By default it gives large blocks back to the system, which clears each page anew before it is used again: 4 % of the
+    time of a step of 77 million parameters. Other allocators are left as they are.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+            mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

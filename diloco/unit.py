@@ -25,6 +25,7 @@ from diloco.tables import Floats
 from diloco.trail import Segment, Trail
 from mmdit.config import MMDiTConfig
 from mmdit.flow import VelocityModel, flow_loss_B, shift_for
+from mmdit.products import rounded_to_bf16
 from mmdit.transformer import MMDiT, build
 from protocol.errors import TrainingDiverged
 
@@ -302,7 +303,7 @@ def _in_bf16(model: MMDiT, parameters: Mapping[str, torch.nn.Parameter]) -> Velo
     go in as fp32, since bf16 would merge neighbours, and are narrowed after they have become waves. The casts are part
     of the graph, so gradients arrive at the fp32 weights as fp32.
     """
-    narrow = {name: parameter.to(torch.bfloat16) for name, parameter in parameters.items()}
+    narrow = dict(zip(parameters, rounded_to_bf16(list(parameters.values())), strict=True))
 
     def predict(
         latent_BCHW: torch.Tensor, text_BLD: torch.Tensor, pooled_BP: torch.Tensor, timestep_B: torch.Tensor, /

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.nn import functional
 
 from mmdit.config import QkNorm
 from mmdit.layers import apply_linear
+from mmdit.pointwise import rms_norm
+from mmdit.products import attention, linears
 
 _QK_EPS = 1e-6
 
@@ -20,7 +21,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_BLHE: Tensor) -> Tensor:
         """Normalise the last axis; the shape stays."""
-        return functional.rms_norm(x_BLHE, self.weight.shape, self.weight, _QK_EPS)
+        return rms_norm(x_BLHE, self.weight, _QK_EPS)
 
 
 class Attention(nn.Module):
@@ -42,9 +43,9 @@ class Attention(nn.Module):
 
     def image_heads(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the image tokens, each [B, L, heads, head width]."""
-        q_BLHE = self.split_heads(apply_linear(self.to_q, x_BLD), self.norm_q)
-        k_BLHE = self.split_heads(apply_linear(self.to_k, x_BLD), self.norm_k)
-        return q_BLHE, k_BLHE, self.split_heads(apply_linear(self.to_v, x_BLD), None)
+        q_BLD, k_BLD, v_BLD = linears((self.to_q, self.to_k, self.to_v), x_BLD)
+        q_BLHE, k_BLHE = self.split_heads(q_BLD, self.norm_q), self.split_heads(k_BLD, self.norm_k)
+        return q_BLHE, k_BLHE, self.split_heads(v_BLD, None)
 
     def split_heads(self, x_BLD: Tensor, norm: HeadNorm | None) -> Tensor:
         """View the width as heads, and normalise each if the model does."""
@@ -76,16 +77,17 @@ class JointAttention(Attention):
     def joint(self, x_BLD: Tensor, text_BMD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Attend over both streams; returns both updates, the text's only where the block has one."""
         q_BLHE, k_BLHE, v_BLHE = self.image_heads(x_BLD)
-        k_BMHE = self.split_heads(apply_linear(self.add_k_proj, text_BMD), self.norm_added_k)
-        v_BMHE = self.split_heads(apply_linear(self.add_v_proj, text_BMD), None)
+        # In the last block nothing reads what the text asks for, so its queries are not computed.
+        asked = () if self.to_add_out is None else (self.add_q_proj,)
+        k_BMD, v_BMD, *q_BMD = linears((self.add_k_proj, self.add_v_proj, *asked), text_BMD)
+        k_BMHE, v_BMHE = self.split_heads(k_BMD, self.norm_added_k), self.split_heads(v_BMD, None)
         # Joined along the tokens before heads and tokens change places: then each sample is two plain copies.
         k_BSHE, v_BSHE = torch.cat((k_BLHE, k_BMHE), 1), torch.cat((v_BLHE, v_BMHE), 1)
         if self.to_add_out is None:
-            # Nothing reads what the text asks for, so its queries are not computed.
             update_BLD = self.project_out(_attend(q_BLHE, k_BSHE, v_BSHE))
             update_BLD = _WithUnread.apply(update_BLD, *self._text_query_parameters())  # type: ignore[no-untyped-call]
             return update_BLD, None
-        q_BMHE = self.split_heads(apply_linear(self.add_q_proj, text_BMD), self.norm_added_q)
+        q_BMHE = self.split_heads(q_BMD[0], self.norm_added_q)
         joined_BSD = _attend(torch.cat((q_BLHE, q_BMHE), 1), k_BSHE, v_BSHE)
         # One split, not two slices: its gradient is one concatenation instead of two padded copies and a sum.
         attended_BLD, attended_BMD = torch.split(joined_BSD, [x_BLD.shape[1], text_BMD.shape[1]], dim=1)
@@ -122,7 +124,5 @@ class _WithUnread(torch.autograd.Function):
 
 def _attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
     """Scaled dot-product attention of [B, S, heads, head width]; returns [B, S, D]."""
-    out_BHSE = functional.scaled_dot_product_attention(
-        q_BSHE.transpose(1, 2), k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2)
-    )
+    out_BHSE = attention(q_BSHE.transpose(1, 2), k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2))
     return out_BHSE.transpose(1, 2).flatten(2)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmdit.config import MMDiTConfig
+from mmdit.pointwise import gelu
+from mmdit.products import linear
 
 _TIMESTEP_DIM = 256
 _NORM_EPS = 1e-6
@@ -17,7 +19,7 @@ _MAX_PERIOD = 10_000.0
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer's map without the module call, whose bookkeeping shows in a small model's step time."""
-    return functional.linear(x, layer.weight, layer.bias)
+    return linear(x, layer.weight, layer.bias)
 
 
 def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ class GeluProjection(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] to [B, L, 4 D]."""
-        return functional.gelu(apply_linear(self.proj, x_BLD), approximate="tanh")
+        return gelu(apply_linear(self.proj, x_BLD))
 
 
 class FeedForward(nn.Module):
@@ -109,7 +111,8 @@ class PatchEmbed(nn.Module):
             )
         # A convolution whose stride is its kernel is a linear map of each patch, and much quicker as one.
         patches = latent_BCHW.reshape(*latent_BCHW.shape[:2], rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-        tokens_BLD = functional.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+        assert self.proj.bias is not None
+        tokens_BLD = linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
         return tokens_BLD + self._places(rows, columns).to(tokens_BLD.dtype)
 
     def _places(self, rows: int, columns: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diloco.codec import encode
 from diloco.container import Container
 from diloco.draws import Draws
+from diloco.execution import Execution
 from diloco.genesis import initial_state
 from diloco.schema import schema_of
 from diloco.shards import Shard, ShardSet, pack_shard, write_shard
@@ -22,6 +23,7 @@ from diloco.texts import StoredTexts
 from diloco.unit import DROPOUT_ONE, StepReport, TrainingSpec, UnitResult, UnitSpec, run_unit
 from mmdit.conditioning import Encoded, TextLayout, TextPart
 from mmdit.flow import shift_for, shift_timestep
+from mmdit.products import bf16_products
 from protocol.errors import TrainingDiverged
 from tests.diloco import golden
 from tests.diloco.examples import FINE, INFO, OTHER_SEED, SEED, TINY, TRAINING, UNIT, UNIT_ID, shard_bytes, shard_set
@@ -194,26 +196,70 @@ _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 
 
 class MatrixProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the precision of every matrix product and attention, forward and backward."""
+    """Notes every matrix product and attention, forward and backward: their precision, and whether bf16 would do."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: Counter[torch.dtype] = Counter()
+        self.beyond_bf16 = 0
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.overloadpacket in _PRODUCTS or "attention" in str(func):
-            self.seen[args[0].dtype] += 1
+            # The bias of `addmm` is a number of the net's as well; what `addmm_` adds to is a sum.
+            factors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            self.seen[factors[0].dtype] += 1
+            self.beyond_bf16 += not all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in factors[:3])
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("unit", "dtype"), [(UNIT, torch.float32), (IN_BF16, torch.bfloat16)])
-def test_every_matrix_product_of_a_unit_is_in_the_runs_precision(unit: UnitSpec, dtype: torch.dtype) -> None:
-    with MatrixProducts() as products:
+def matrix_products(unit: UnitSpec) -> MatrixProducts:
+    products = MatrixProducts()
+    with products:
         run(dataclasses.replace(unit, training=dataclasses.replace(unit.training, steps=3)))
-    assert set(products.seen) == {dtype}
-    assert products.seen[dtype] > 3 * 30
+    assert products.seen.total() > 3 * 30
+    return products
+
+
+def test_every_matrix_product_of_a_unit_in_fp32_is_in_fp32() -> None:
+    products = matrix_products(UNIT)
+    assert set(products.seen) == {torch.float32}
+    assert products.beyond_bf16 > 0.9 * products.seen.total()  # a zero, and many an input, is a bf16 number
+
+
+def test_every_matrix_product_of_a_unit_in_bf16_is_in_bf16_or_of_bf16_numbers() -> None:
+    with bf16_products(through_fp32=False):
+        assert set(matrix_products(IN_BF16).seen) == {torch.bfloat16}
+    with bf16_products(through_fp32=True):
+        products = matrix_products(IN_BF16)
+    assert set(products.seen) == {torch.float32}
+    assert products.beyond_bf16 == 0
+
+
+def test_bf16_through_fp32_replays_what_bf16_kernels_trained_and_the_other_way_round() -> None:
+    with bf16_products(through_fp32=False):
+        kernels = run(IN_BF16)
+    with bf16_products(through_fp32=True):
+        through_fp32 = run(IN_BF16)
+    apart = relative_squared_difference(through_fp32.delta, kernels.delta) ** 0.5
+    # The tolerance of a run in bf16 (`verify.calibration.DEFAULT_TOLERANCES`).
+    assert 0.0 < apart < 0.008
+    assert through_fp32.loss_last == pytest.approx(kernels.loss_last, rel=1e-3)
+
+
+def test_bf16_in_parts_of_a_batch_gives_the_same_gradients_but_for_rounding() -> None:
+    with bf16_products(through_fp32=True):
+        whole = run(IN_BF16)
+        parts = run_unit(IN_BF16, TINY, BASE, shard_set(), device="cpu", on_step=None, execution=Execution(parts=2))
+    assert 0.0 < relative_squared_difference(parts.delta, whole.delta) < 0.02**2
+
+
+@pytest.mark.parametrize("unit", [UNIT, IN_BF16], ids=["fp32", "bf16"])
+def test_a_unit_gives_the_same_bits_twice_in_one_process(unit: UnitSpec) -> None:
+    one, other = run(unit), run(unit)
+    assert all(np.array_equal(other.delta[name], values) for name, values in one.delta.items())
+    assert one.trail.root == other.trail.root
 
 
 def test_bf16_trains_fp32_weights_to_nearly_the_same_delta() -> None:
