@@ -15,7 +15,7 @@ from typing import Final, Literal, Protocol
 import numpy as np
 import torch
 
-from diloco.draws import Batch, Draws
+from diloco.draws import Batch, Draws, in_turn
 from diloco.execution import PLAIN, Execution
 from diloco.narrow import NarrowTrainer
 from diloco.optimizers import OPTIMIZERS, OptimizerName, OptimizerSettings, make_optimizer
@@ -169,15 +169,16 @@ def run_unit(
     shift = shift_for(training.shift, config.sample_size, *shards.shards[0].size[1:])
     losses: list[float] = []
     segments: list[Segment] = []
-    for step in range(training.steps):
-        drawn = draws.batch(
-            step,
-            training.batch,
-            shards,
-            max_tokens=training.max_tokens,
-            text_dropout=training.text_dropout,
-            shift=shift,
-        )
+    draw = partial(
+        draws.batch,
+        size=training.batch,
+        shards=shards,
+        max_tokens=training.max_tokens,
+        text_dropout=training.text_dropout,
+        shift=shift,
+    )
+    # A GPU works while the CPU draws; a CPU that trains has no core to spare.
+    for step, drawn in enumerate(in_turn(draw, training.steps, ahead=device != "cpu")):
         lr = training.lr_at(step, spec.lr_scale)
         losses.append(math.fsum(float(loss.item()) for loss in trainer.step(drawn, lr)))
         if not math.isfinite(losses[-1]):

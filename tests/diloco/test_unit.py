@@ -3,6 +3,7 @@ import hashlib
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diloco.codec import encode
 from diloco.container import Container
-from diloco.draws import Draws
+from diloco.draws import Draws, in_turn
 from diloco.execution import Execution
 from diloco.genesis import initial_state
 from diloco.schema import schema_of
@@ -24,7 +25,7 @@ from diloco.unit import DROPOUT_ONE, StepReport, TrainingSpec, UnitResult, UnitS
 from mmdit.conditioning import Encoded, TextLayout, TextPart
 from mmdit.flow import shift_for, shift_timestep
 from mmdit.products import bf16_products
-from protocol.errors import TrainingDiverged
+from protocol.errors import ShardCorrupt, TrainingDiverged
 from tests.diloco import golden
 from tests.diloco.examples import FINE, INFO, OTHER_SEED, SEED, TINY, TRAINING, UNIT, UNIT_ID, shard_bytes, shard_set
 
@@ -304,6 +305,22 @@ def test_each_encoder_is_dropped_by_itself_and_half_of_the_samples_hear_the_empt
     assert abs(pairs[1, 1] / total - 1 / 4) < 0.05
     assert abs((pairs[0, 0] + pairs[2, 2]) / total - 1 / 4) < 0.05
     assert abs(pairs[2, 2] / (pairs[2, 2] + pairs[0, 0]) - 1 / 2) < 0.1
+
+
+def test_batches_that_are_drawn_ahead_are_the_same_and_in_the_same_order() -> None:
+    draw = partial(Draws(SEED).batch, size=4, shards=shard_set(), max_tokens=4, text_dropout=1 << 14)
+    plain, ahead = (list(in_turn(draw, 5, ahead=ahead)) for ahead in (False, True))
+    assert len(plain) == len(ahead) == 5
+    for one, other in zip(plain, ahead, strict=True):
+        assert torch.equal(one.noise, other.noise)
+        assert torch.equal(one.text, other.text)
+    assert not torch.equal(plain[0].noise, plain[1].noise)
+
+
+def test_what_goes_wrong_while_drawing_ahead_comes_out() -> None:
+    draw = partial(Draws(SEED).batch, size=4, shards=shard_set(), max_tokens=1, text_dropout=0)
+    with pytest.raises(ShardCorrupt, match="text tokens; the run's limit is 1"):
+        list(in_turn(draw, 5, ahead=True))
 
 
 def test_a_shift_moves_timesteps_towards_noise_by_the_rule_of_the_sampler() -> None:
