@@ -129,14 +129,15 @@ GOLDEN = {
     "Endpoint": "8b84b4caeb8afd1e",
     "SessionProof": "fc816c6eddabd9b5",
     "RunConfig": "f84d30ec0c5c82d5",
-    "Lease": "ed57156461ef70c4",
-    "Claim": "9e0f57ae37a911bf",
-    "ClaimReceipt": "8c8309e647f89e94",
-    "BytesReceipt": "b1b421a722e208b0",
-    "Verdict": "72f5a76de8f6f90e",
-    "Opinion": "1574dbb3b82853f7",
+    "Lease": "c611bd052097ad8b",
+    "Claim": "9069e7cfd00070a5",
+    "ClaimReceipt": "e1bf00f58d8378dc",
+    "BytesReceipt": "e88c64c3b16989c5",
+    "Verdict": "785815c187d2daff",
+    "Opinion": "15415898b756414f",
     "DatasetManifest": "953f990b27ab9ae3",
-    "Manifest": "4990e4df302a68ba",
+    "Manifest": "a280f9bf98ef4632",
+    "Takedowns": "51bb9b405273984f",
 }
 
 
