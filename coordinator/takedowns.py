@@ -64,11 +64,15 @@ class Book:
         return (shard, sample) in self._taken
 
     def add(self, asked: Asked) -> None:
-        """Take a picture down; raise `TakedownRefused` if `check` does, or its reason is too long."""
+        """Take a picture down; raise `TakedownRefused` if `check` does, or for its reason."""
         self.check(asked.shard, asked.sample)
         if len(asked.reason) > MAX_TEXT_CHARACTERS:
             raise TakedownRefused(
                 f"The reason has {len(asked.reason)} characters; it may have {MAX_TEXT_CHARACTERS}. Shorten it."
+            )
+        if not asked.reason.isprintable():
+            raise TakedownRefused(
+                "The reason holds a line break or another character that can't be shown; leave it out."
             )
         self._taken.add((asked.shard, asked.sample))
         self._by_shard[asked.shard] += 1

@@ -49,6 +49,8 @@ def test_what_can_not_be_taken_down_is_refused_with_the_reason() -> None:
         (asked(-1), "There is no sample -1"),
         (asked(3), "taken down already"),
         (replace(asked(4), reason="x" * 257), "it may have 256"),
+        (replace(asked(4), reason="one\ntwo"), "a line break or another character"),
+        (replace(asked(4), reason="\udc80"), "a line break or another character"),
     ):
         with pytest.raises(TakedownRefused, match=words):
             book.add(one)
