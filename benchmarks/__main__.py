@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("train_step", "merge", "upload", "verify", "attacks", "fleet", "codec", "convergence", "links")
+NAMES = ("train_step", "merge", "upload", "verify", "attacks", "fleet", "codec", "convergence", "links", "skills")
 
 
 def main() -> int:

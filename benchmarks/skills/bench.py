@@ -24,9 +24,9 @@ CONDITIONING: Final = ConditioningConfig(kind="byte-patch", max_tokens=12, token
 FULL: Final = Recipe(
     model=model_config(CONDITIONING, patch=4, layers=5, heads=4),
     conditioning=CONDITIONING,
-    steps=480 * CHUNK_STEPS,
+    steps=400 * CHUNK_STEPS,
     batch=32,
-    lr=1.5e-3,
+    lr=2e-3,
 )
 QUICK: Final = replace(
     FULL,
@@ -35,7 +35,7 @@ QUICK: Final = replace(
     batch=8,
     warmup=8,
 )
-SNAPSHOT_CHUNKS: Final = 32
+SNAPSHOT_CHUNKS: Final = 16
 """Chunks between two snapshots."""
 PROMPTS: Final = 164
 """Of each skill for the final score: every held-out word once."""

@@ -1,6 +1,6 @@
 """Words as coverage, in the fonts that matplotlib brings."""
 
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,20 +8,24 @@ import numpy as np
 
 from diloco.tables import Floats
 
-FONTS: Final = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
-SIZES: Final = range(7, 18)
-"""Heights of a line, in pixels."""
-WIDEST: Final = 29
-"""Columns that a word may take in a picture of 32."""
+FONTS: Final = ("DejaVuSansMono-Bold", "DejaVuSansMono", "DejaVuSansMono-BoldOblique")
+"""All of one width for every letter, so that a letter's place does not hang on the letters before it."""
+SIZE: Final = 16
+"""Height of a line in pixels; three letters then take 29 columns of a picture's 32."""
 
 
-@lru_cache(maxsize=65536)
-def lettering(word: str, font: str, size: int) -> Floats:
-    """Return the coverage [rows, columns] of a word, cut to its ink. Needs the `demo` extra."""
-    mask = _font(font, size).getmask(word, mode="L")
+@cache
+def lettering(word: str, font: str, size: int = SIZE) -> tuple[Floats, int, int]:
+    """Return the coverage [rows, columns] of a word cut to its ink, and where its ink begins.
+
+    That is how many rows below the top of the line, and how many columns right of the first letter's own place. Needs
+    the `demo` extra.
+    """
+    mask, (right, down) = _font(font, size).getmask2(word, mode="L")
     pixels: Floats = np.array(mask, dtype=np.float32).reshape(mask.size[::-1])
     rows, columns = np.flatnonzero(pixels.max(1) > 0), np.flatnonzero(pixels.max(0) > 0)
-    return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] / np.float32(255)
+    cut = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] / np.float32(255)
+    return cut, int(down + rows[0]), int(right + columns[0])
 
 
 @cache
@@ -32,11 +36,3 @@ def _font(name: str, size: int) -> Any:  # Pillow's type for a font is not worth
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
     # The basic layout is in every build of Pillow; the other one needs a library that some lack.
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
-
-
-def largest_size(word: str, font: str) -> int:
-    """Return the largest size in which a word fits a picture."""
-    for size in reversed(SIZES):
-        if lettering(word, font, size).shape[1] <= WIDEST:
-            return size
-    raise ValueError(f"{word!r} is too wide for a picture in every size of {font}")

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.skills.lettering import FONTS, SIZES, largest_size, lettering
+from benchmarks.skills.lettering import FONTS, lettering
 from benchmarks.skills.prompts import Prompt, training_prompt
 from benchmarks.skills.shapes import coverage
 from commonweight.png import png_bytes
@@ -28,10 +28,13 @@ RGB: Final[Mapping[str, tuple[float, float, float]]] = {
 _JITTER: Final = 0.05
 _GAP: Final = 1.6
 """Pixels left free between two things, and between a thing and the edge half as many."""
-_RADII: Final[Mapping[int, tuple[float, float]]] = {1: (6.0, 10.5), 2: (4.6, 6.8), 3: (4.2, 6.0), 4: (4.0, 5.4)}
+_RADII: Final[Mapping[int, tuple[float, float]]] = {1: (7.0, 10.0), 2: (5.0, 6.6), 3: (4.6, 5.8), 4: (4.2, 5.2)}
 """Of the things in a picture with so many."""
 
 
+_TOP: Final = 7
+"""Where a line of letters begins, in rows; it may be moved by `_TOP_MOVES` either way."""
+_TOP_MOVES: Final = 2
 _TRIES: Final = 64
 """Places drawn at once, of which the first that will do is taken."""
 
@@ -64,20 +67,14 @@ def write_folder(folder: Path, seed: int, count: int) -> None:
 
 def _draw_word(prompt: Prompt, random: np.random.Generator) -> Floats:
     assert prompt.word is not None
-    font = FONTS[int(random.integers(len(FONTS)))]
-    largest = largest_size(prompt.word, font)
-    ink_YX = lettering(prompt.word, font, max(SIZES[0], largest - int(random.integers(2))))
+    ink_YX, down, right = lettering(prompt.word, FONTS[int(random.integers(len(FONTS)))])
     rows, columns = ink_YX.shape
-    top, left = (int(_about_middle(random, SIDE - extent)) for extent in (rows, columns))
+    top = _TOP + down + int(random.integers(-_TOP_MOVES, _TOP_MOVES + 1))
+    left = min(max(0, right + 1 + int(random.integers(2))), SIDE - columns)
     filled_HW = np.zeros((SIDE, SIDE), dtype=np.float32)
     filled_HW[top : top + rows, left : left + columns] = ink_YX
     ground_HWC = np.broadcast_to(_tint(prompt.ground, random), (SIDE, SIDE, 3))
     return _over(ground_HWC, filled_HW, _tint(prompt.ink, random))
-
-
-def _about_middle(random: np.random.Generator, room: int) -> float:
-    """Return a place within the middle third of some room."""
-    return float(np.rint(room * random.uniform(1 / 3, 2 / 3)))
 
 
 def _draw_things(prompt: Prompt, random: np.random.Generator) -> Floats:

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.skills.lettering import FONTS, SIZES, lettering
+from benchmarks.skills.lettering import FONTS, lettering
 from diloco.tables import Floats
 
 LEAST_LIKENESS: Final = 0.8
@@ -25,13 +25,6 @@ class Reading:
     likeness: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Match:
-    likeness: float
-    font: str
-    size: int
-
-
 def read(filled_HW: Floats, asked: str) -> Reading:
     """Return what is read in a picture's ink, [H, W] in 0..1: the asked word, or a better one.
 
@@ -41,13 +34,12 @@ def read(filled_HW: Floats, asked: str) -> Reading:
     centred = filled_HW - filled_HW.mean()
     picture = centred / max(float(np.linalg.norm(centred)), 1e-6)
     middle = _middle(filled_HW)
-    word, best = asked, _best(picture, middle, asked, FONTS, SIZES)
+    word, best = asked, _likeness(picture, middle, asked)
     while True:
-        sizes = range(max(SIZES[0], best.size - 1), min(SIZES[-1], best.size + 1) + 1)
-        tried = {other: _best(picture, middle, other, (best.font,), sizes) for other in _neighbours(word)}
-        better = max(tried, key=lambda other: tried[other].likeness)
-        if tried[better].likeness <= best.likeness:
-            return Reading(word=word, likeness=best.likeness)
+        tried = {other: _likeness(picture, middle, other) for other in _neighbours(word)}
+        better = max(tried, key=tried.__getitem__)
+        if tried[better] <= best:
+            return Reading(word=word, likeness=best)
         word, best = better, tried[better]
 
 
@@ -56,35 +48,25 @@ def _neighbours(word: str) -> Iterator[str]:
         yield from (word[:place] + c + word[place + 1 :] for c in string.ascii_lowercase if c != had)
 
 
-def _best(picture: Floats, middle: tuple[float, float], word: str, fonts: tuple[str, ...], sizes: range) -> _Match:
-    matches = (
-        _Match(likeness=_likeness(picture, middle, word, font, size), font=font, size=size)
-        for font in fonts
-        for size in sizes
-    )
-    return max(matches, key=lambda match: match.likeness)
-
-
-def _likeness(picture: Floats, middle: tuple[float, float], word: str, font: str, size: int) -> float:
-    """Return the best correlation over the shifts of one drawing."""
+def _likeness(picture: Floats, middle: tuple[float, float], word: str) -> float:
+    """Return the best correlation with a word over fonts and shifts."""
     height, width = picture.shape
-    drawn, norm = _drawing(word, font, size, height * width)
-    rows, columns = drawn.shape
-    if rows > height or columns > width:
-        return 0.0
-    top, left = (round(m - extent / 2) for m, extent in zip(middle, drawn.shape, strict=True))
     best = 0.0
-    for y in range(max(0, top - _SHIFT), min(height - rows, top + _SHIFT) + 1):
-        for x in range(max(0, left - _SHIFT), min(width - columns, left + _SHIFT) + 1):
-            # The picture's mean is zero, so the drawing's own mean adds nothing to the product.
-            best = max(best, float(np.vdot(picture[y : y + rows, x : x + columns], drawn)) / norm)
+    for font in FONTS:
+        drawn, norm = _drawing(word, font, height * width)
+        rows, columns = drawn.shape
+        top, left = (round(m - extent / 2) for m, extent in zip(middle, drawn.shape, strict=True))
+        for y in range(max(0, top - _SHIFT), min(height - rows, top + _SHIFT) + 1):
+            for x in range(max(0, left - _SHIFT), min(width - columns, left + _SHIFT) + 1):
+                # The picture's mean is zero, so the drawing's own mean adds nothing to the product.
+                best = max(best, float(np.vdot(picture[y : y + rows, x : x + columns], drawn)) / norm)
     return best
 
 
 @lru_cache(maxsize=65536)
-def _drawing(word: str, font: str, size: int, pixels: int) -> tuple[Floats, float]:
+def _drawing(word: str, font: str, pixels: int) -> tuple[Floats, float]:
     """Return a word's coverage, and the norm that it has on an empty picture once its mean is taken off."""
-    drawn = lettering(word, font, size)
+    drawn, _, _ = lettering(word, font)
     norm = float(np.sqrt(max(float(np.square(drawn).sum()) - float(drawn.sum()) ** 2 / pixels, 1e-6)))
     return drawn, norm
 

@@ -61,7 +61,7 @@ def loaded(recipe: Recipe, weights: Mapping[str, Floats]) -> Loaded:
         config=recipe.model,
         conditioning=recipe.conditioning,
         space=SPACE,
-        shift=1.0,
+        shift=recipe.shift,
     )
 
 

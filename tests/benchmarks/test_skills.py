@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.skills.bench import QUICK
 from benchmarks.skills.judge import judge
-from benchmarks.skills.lettering import FONTS, largest_size
+from benchmarks.skills.lettering import FONTS, lettering
 from benchmarks.skills.pictures import draw, draw_many, write_folder
 from benchmarks.skills.prompts import (
     COLOURS,
@@ -105,10 +105,17 @@ def test_a_test_of_counts_and_positions_uses_colours_that_training_has_seen() ->
     assert not HELD_COLOURS & {(thing.colour, thing.shape) for prompt in prompts for thing in prompt.things}
 
 
-def test_every_word_fits_a_picture_in_every_font() -> None:
-    for word in ("mmm", "www", "mwm", "iii", "jgy", *HELD_WORDS):
-        for font in FONTS:
-            assert largest_size(word, font) >= 7
+def test_every_word_is_drawn_whole_in_every_font() -> None:
+    random = np.random.default_rng(8)
+    for word in ("mmm", "www", "jjj", "lgj", "dqp", *HELD_WORDS):
+        ink = {lettering(word, font)[0].shape for font in FONTS}
+        assert max(columns for _, columns in ink) <= 32
+        for _ in range(3):
+            away = np.abs(draw(spelt(word, "black", "yellow"), random)[..., 0].astype(int) - 250) > 60
+            rows, columns = np.flatnonzero(away.any(1)), np.flatnonzero(away.any(0))
+            assert rows[0] > 0, "a letter that is cut off would touch the edge"
+            assert rows[-1] < 31
+            assert columns[-1] - columns[0] > 18
 
 
 @pytest.mark.parametrize("skill", SKILLS)
