@@ -24,8 +24,8 @@ CONDITIONING: Final = ConditioningConfig(kind="byte-patch", max_tokens=12, token
 FULL: Final = Recipe(
     model=model_config(CONDITIONING, patch=4, layers=5, heads=4),
     conditioning=CONDITIONING,
-    steps=400 * CHUNK_STEPS,
-    batch=32,
+    steps=800 * CHUNK_STEPS,
+    batch=16,
     lr=2e-3,
 )
 QUICK: Final = replace(
@@ -35,7 +35,7 @@ QUICK: Final = replace(
     batch=8,
     warmup=8,
 )
-SNAPSHOT_CHUNKS: Final = 16
+SNAPSHOT_CHUNKS: Final = 64
 """Chunks between two snapshots."""
 PROMPTS: Final = 164
 """Of each skill for the final score: every held-out word once."""
@@ -54,7 +54,7 @@ def train(recipe: Recipe, folder: Path) -> None:
 
     def after(training: Training, loss: float) -> None:
         number = training.step // CHUNK_STEPS
-        if number % 4 == 0:
+        if number % 8 == 0:
             say(f"{training.samples} samples, {training.cpu_seconds:.0f} s of processor time, loss {loss:.5f}")
         if number % SNAPSHOT_CHUNKS == 0 or training.step >= recipe.steps:
             _keep(training, folder)

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -168,6 +168,8 @@ class Training:
     def save(self, path: Path) -> None:
         """Write all of it."""
         state = {
+            "recipe": self._same(),
+            "steps": self.recipe.steps,
             "step": self.step,
             "cpu_seconds": self.cpu_seconds,
             "model": self._model.state_dict(),
@@ -179,9 +181,20 @@ class Training:
         torch.save(state, new)
         new.replace(path)
 
+    def _same(self) -> str:
+        """Return what a run must have in common with the one that it goes on from: all but its length."""
+        return repr(replace(self.recipe, steps=0))
+
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote."""
+        """Go on from what `save` wrote.
+
+        Raises:
+            ValueError: it was written by a run with another recipe, or of a length whose rate had begun to fall.
+        """
         state: dict[str, Any] = torch.load(path, weights_only=True)
+        falling = state["step"] > (1 - self.recipe.fall) * min(state["steps"], self.recipe.steps)
+        if state["recipe"] != self._same() or (falling and state["steps"] != self.recipe.steps):
+            raise ValueError(f"{path} is of another run; remove it to begin anew")
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
         self._model.load_state_dict(state["model"])
         self._averages = state["averages"]

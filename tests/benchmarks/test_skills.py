@@ -1,6 +1,7 @@
 import string
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,15 +158,28 @@ def _trained(recipe: Recipe, path: Path | None) -> Training:
     return run(recipe, path, after_chunk=lambda _training, _loss: None, chunks_a_save=1)
 
 
+def _trained_for_one_chunk(recipe: Recipe, path: Path) -> None:
+    training = Training(recipe)
+    with ThreadPoolExecutor(recipe.threads) as pool:
+        training.chunk(pool)
+    training.save(path)
+
+
 def test_training_that_was_broken_off_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    # The rate of the first chunk does not depend on where the run ends.
-    recipe = replace(TINY, steps=2 * CHUNK_STEPS, warmup=CHUNK_STEPS, fall=0.5)
+    recipe = replace(TINY, steps=3 * CHUNK_STEPS, warmup=CHUNK_STEPS, fall=0.5)
     whole = _trained(recipe, None)
-    _trained(replace(recipe, steps=CHUNK_STEPS, fall=1e-9), tmp_path / "state.pt")
+    # The rate does not fall in the first chunk of either, so what comes of it is the same.
+    _trained_for_one_chunk(replace(recipe, steps=4 * CHUNK_STEPS), tmp_path / "state.pt")
     resumed = _trained(recipe, tmp_path / "state.pt")
-    assert resumed.samples == whole.samples == 2 * CHUNK_STEPS * recipe.batch
+    assert resumed.samples == whole.samples == 3 * CHUNK_STEPS * recipe.batch
     for name, values in whole.averaged().items():
         np.testing.assert_array_equal(resumed.averaged()[name], values)
+
+
+def test_training_does_not_go_on_from_a_run_with_another_recipe(tmp_path: Path) -> None:
+    _trained_for_one_chunk(TINY, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="another run"):
+        _trained(replace(TINY, lr=1e-4), tmp_path / "state.pt")
 
 
 def test_a_checkpoint_is_scored_on_every_skill() -> None:
