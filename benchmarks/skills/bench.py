@@ -90,9 +90,10 @@ def measure(recipe: Recipe, folder: Path, *, quick: bool) -> bool:
     _add_row(
         report, "as in training", found[last], len(prompts), last, _scored(cells, recipe, found[last], prompts, "seen")
     )
-    real, wrong = _judged(cells, asked(JUDGED if not quick else QUICK_PROMPTS))
-    _add_row(report, "drawn by the generator", None, len(SKILLS) * JUDGED, None, real)
-    _add_row(report, "drawn wrong in one point", None, len(SKILLS) * JUDGED, None, wrong)
+    judged = QUICK_PROMPTS if quick else JUDGED
+    real, wrong = _judged(cells, asked(judged))
+    _add_row(report, "drawn by the generator", None, len(SKILLS) * judged, None, real)
+    _add_row(report, "drawn wrong in one point", None, len(SKILLS) * judged, None, wrong)
     _add_targets(report, scored, real, wrong)
     if not quick:
         _draw_sheet(recipe, found[last])
