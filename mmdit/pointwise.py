@@ -87,8 +87,8 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, r = ctx.saved_tensors  # type: ignore[attr-defined]
         wide, g, wide_weight, width = x.float(), gradients[0].float(), weight.float(), weight.shape[0]
-        products = torch.mul(g, wide).view(-1, width)
+        products = torch.mul(g, wide).reshape(-1, width)
         sums = torch.mv(products, wide_weight).view(r.shape).mul_(r**3).mul_(1.0 / width)
         # Rounded as the run's precision has it, whatever holds the weight: else it would matter where weights are kept.
-        of_weight = torch.mv(products.t(), r.view(-1)).to(x.dtype).to(weight.dtype)
+        of_weight = torch.mv(products.t(), r.reshape(-1)).to(x.dtype).to(weight.dtype)
         return torch.mul(g, wide_weight).mul_(r).addcmul_(wide, sums, value=-1.0).to(x.dtype), of_weight, None
