@@ -88,7 +88,7 @@ def test_rms_norm_takes_tensors_whose_numbers_do_not_lie_in_order() -> None:
     # Other attention kernels give gradients whose heads lie before their tokens.
     x, weight = _normal(0, 2, 3, 5, 8).transpose(1, 2), _normal(1, 8)
     gradient = _normal(2, 2, 3, 5, 8).transpose(1, 2)
-    leaves = [x.requires_grad_(), weight.requires_grad_()]
-    found = torch.autograd.grad(rms_norm(*leaves, _EPS), leaves, gradient)
+    leaves = (x.requires_grad_(), weight.requires_grad_())
+    found = torch.autograd.grad(rms_norm(x, weight, _EPS), leaves, gradient)
     expected = torch.autograd.grad(functional.rms_norm(x, (8,), weight, _EPS), leaves, gradient)
     assert all(_apart(a, b) < 2e-6 for a, b in zip(found, expected, strict=True))
