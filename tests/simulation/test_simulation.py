@@ -1,5 +1,6 @@
 """Small runs in virtual time: the coordinator's own lifecycle code meets honest and hostile volunteers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +111,9 @@ def test_what_poisoners_get_in_is_what_the_policy_predicts() -> None:
     )
     merged = interval([owner.before_drawn for owner in outcome.hostile])
     assert all(owner.poisons_until_ban is not None for owner in outcome.hostile)
-    assert merged.mean == pytest.approx(predicted.merged, abs=3 * merged.error)
+    # Such waiting times spread about as wide as they are long; a sample that came out short makes too little of it.
+    error = max(merged.error, predicted.merged / math.sqrt(count))
+    assert merged.mean == pytest.approx(predicted.merged, abs=3 * error)
     # One of a hundred may have more: of sixteen, hardly two.
     assert sum(owner.before_drawn > predicted.merged_99 for owner in outcome.hostile) <= 1
 
