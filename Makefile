@@ -37,7 +37,7 @@ docs: .venv  # rewrite the generated parts of docs/
 .venv: pyproject.toml constraints.txt
 	@echo "setting up .venv: this fetches some packages and takes a few minutes, once"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,demo,dev,encoders]'
 	touch .venv
 
 clean:

@@ -63,6 +63,7 @@ ROUNDS: Final = Rounds(
     staleness_discount=0,
     lease_ms=1_000,
     upload_ms=1_000,
+    stages=(),
 )
 VERIFICATION: Final = Verification(
     mode="replay",

@@ -289,6 +289,7 @@ def _training(steps: int, batch: int, precision: Literal["fp32", "bf16"], eps: f
         weight_decay=0.01,
         grad_clip=1.0,
         text_dropout=6554,
+        shift=1.0,
         segment_steps=5,
         precision=precision,
     )
@@ -306,4 +307,5 @@ def _rounds(units: int, rounds: int) -> Rounds:
         staleness_discount=2**23,
         lease_ms=5 * MINUTE_MS,
         upload_ms=5 * MINUTE_MS,
+        stages=(),
     )

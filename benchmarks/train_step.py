@@ -46,7 +46,7 @@ from mmdit.transformer import MMDiT
 
 Precision = Literal["fp32", "bf16"]
 Side = Literal["ours", "theirs"]
-_WARM_UP: Final = 2
+_MOST_WARM_UP: Final = 3
 _LR: Final = 1e-4
 
 
@@ -75,7 +75,9 @@ def _cases(*, quick: bool) -> Iterator[Case]:
     def both_ways(case: Case, slow_steps: int) -> Iterator[Case]:
         yield case
         yield replace(case, precision="bf16", against="bf16", steps=slow_steps, target=1.3)
-        yield replace(case, name=f"{case.name}, bf16 against fp32", precision="bf16", target=None)
+        yield replace(
+            case, name=f"{case.name}, bf16 against fp32", precision="bf16", steps=case.steps // 2, target=None
+        )
 
     digits = Case(
         name="digits",
@@ -103,7 +105,7 @@ def _cases(*, quick: bool) -> Iterator[Case]:
     yield hidden_256
     yield replace(hidden_256, name="hidden 256, no norm", config=replace(d4, qk_norm=None))
     if not quick:
-        yield from both_ways(d8, 3)
+        yield from both_ways(d8, 2)
         yield replace(hidden_256, name="hidden 256, dual", config=replace(d4, dual_attention_layers=(0, 1)))
     if torch.cuda.is_available():
         steps = 20 if quick else 60
@@ -144,6 +146,7 @@ def _training(case: Case) -> TrainingSpec:
         weight_decay=0.01,
         grad_clip=1.0,
         text_dropout=0,
+        shift=1.0,
         max_tokens=case.tokens,
         segment_steps=1,
         precision=case.precision,
@@ -270,7 +273,7 @@ def _measure(number: int, case: Case, *, quick: bool) -> Measured:
     peers = {side: _Peer(side, number, quick=quick) for side in sides}
     try:
         losses = [peers[side].step()[1] for side in sides]
-        for _ in range(_WARM_UP - 1):
+        for _ in range(min(_MOST_WARM_UP, case.steps // 2) - 1):
             for side in sides:
                 peers[side].step()
         times: dict[Side, list[float]] = {"ours": [], "theirs": []}

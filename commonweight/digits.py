@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.settings_sections import DataSettings
-from diloco.shards import Halves, ShardInfo, write_shard
-from mmdit.conditioning import ConditioningConfig, encode_caption
+from diloco.shards import Halves, ShardInfo, pack_shard
 from protocol.errors import PackageMissing
 
 NAMES: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -75,16 +74,14 @@ def load_digits() -> Digits:
     )
 
 
-def shard_bytes(split: Split, indices: Sequence[int], conditioning: ConditioningConfig) -> bytes:
-    """Return a shard of some pictures: latent = 2 * pixel - 1 as fp16 [n, 1, 8, 8], with their encoded captions."""
+def shard_bytes(split: Split, indices: Sequence[int]) -> bytes:
+    """Return a shard of some pictures: latent = 2 * pixel - 1 as fp16 [n, 1, 8, 8], with their captions."""
     latents: Halves = (split.pixels[indices][:, None] * np.float32(2) - np.float32(1)).astype(np.float16)
-    encoded = [encode_caption(caption(digit), conditioning) for digit in range(len(NAMES))]
-    texts = [encoded[int(digit)][0] for digit in split.labels[indices]]
-    pooled = np.stack([encoded[int(digit)][1] for digit in split.labels[indices]])
-    return write_shard(latents, texts, pooled, ShardInfo(licence=LICENCE, source=SOURCE))
+    captions = [caption(int(digit)) for digit in split.labels[indices]]
+    return pack_shard(latents, ShardInfo(licence=LICENCE, source=SOURCE), captions=captions)
 
 
-def write_digits(directory: Path, conditioning: ConditioningConfig, *, shards: int) -> tuple[list[Path], Path]:
+def write_digits(directory: Path, *, shards: int) -> tuple[list[Path], Path]:
     """Write `shards` training shards and the held-out one; return their paths. Each shard has every digit.
 
     Raises:
@@ -100,10 +97,10 @@ def write_digits(directory: Path, conditioning: ConditioningConfig, *, shards: i
     for shard in range(shards):
         path = directory / f"{shard:04d}.safetensors"
         # Dealt like cards from a deck sorted by digit, so that every shard has its share of each.
-        path.write_bytes(shard_bytes(digits.train, order[shard::shards].tolist(), conditioning))
+        path.write_bytes(shard_bytes(digits.train, order[shard::shards].tolist()))
         paths.append(path)
     heldout = directory / "heldout.safetensors"
-    heldout.write_bytes(shard_bytes(digits.heldout, list(range(len(digits.heldout.labels))), conditioning))
+    heldout.write_bytes(shard_bytes(digits.heldout, list(range(len(digits.heldout.labels)))))
     return paths, heldout
 
 

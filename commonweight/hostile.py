@@ -91,13 +91,13 @@ class HostileTrainer:
     def _forge(
         self, config: RunConfig, lease: Lease, base: Path, shards: Sequence[Path], device: str, on_step: OnStep
     ) -> TrainedUnit:
-        from diloco.shards import Shard, ShardSet
+        from diloco.shards import Shard
         from verify.attacks import ATTACKS, world_of
-        from verify.replay import check_numerics
+        from verify.replay import check_numerics, shard_set
 
         check_numerics(config)
         started = time.monotonic()
-        own, unit = ShardSet([Shard.open(path) for path in shards]), UnitId(lease.unit)
+        own, unit = shard_set(config, [Shard.open(path) for path in shards]), UnitId(lease.unit)
         world = world_of(
             config,
             lease.round,
@@ -105,7 +105,7 @@ class HostileTrainer:
             base=_tensors(base),
             older_base=self._older(lease.round - 1),
             shards=own,
-            other_shards=self._others(shards, own),
+            other_shards=self._others(config, shards, own),
             device=device,
             seed=os.urandom(32),
         )
@@ -126,11 +126,12 @@ class HostileTrainer:
         earlier = [number for number in self._bases if number < checkpoint and self._bases[number].exists()]
         return _tensors(self._bases[max(earlier)]) if earlier else None
 
-    def _others(self, shards: Sequence[Path], own: "ShardSet") -> "ShardSet":
-        from diloco.shards import Shard, ShardSet
+    def _others(self, config: RunConfig, shards: Sequence[Path], own: "ShardSet") -> "ShardSet":
+        from diloco.shards import Shard
+        from verify.replay import shard_set
 
         paths = [path for path in self._earlier_shards if path not in shards and path.exists()]
-        return ShardSet([Shard.open(path) for path in paths]) if paths else own
+        return shard_set(config, [Shard.open(path) for path in paths]) if paths else own
 
     def _pass_time(self, steps: int, seconds: float, on_step: OnStep) -> None:
         """Take as long as honest work does: whoever is too fast is audited for that alone."""

@@ -62,5 +62,10 @@ def run_id(text: str | None) -> RunId | None:
 
 
 def _require_directory(path: Path) -> None:
+    if path.is_file():
+        raise UsageError(
+            f"{path} is a file. A single file of weights does not say how captions become numbers; give a checkpoint's "
+            "directory, such as the one that it was made from."
+        )
     if not path.is_dir():
         raise UsageError(f"There is no directory {path}.")

@@ -141,6 +141,8 @@ class RunDirectory:
                 raise DirectoryInUse(
                     f"{self.root} is in use by process {holder or '(unknown)'}; stop that one first."
                 ) from None
+            if not _lies_at(self.lock_file, descriptor):  # an `init` that failed has just taken it away
+                raise DirectoryInUse(f"{self.root} was in use until just now; try again.")
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
             yield
@@ -252,6 +254,13 @@ def disk_trouble_explained(what: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"{what}: the disk is full. Free some space and try again.") from None
         raise LocalProblem(f"{what}: {error.strerror or error} ({error.filename}).") from None
+
+
+def _lies_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def sync(path: Path) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -24,15 +24,18 @@ from coordinator.directory import (
     sync,
     write_file,
 )
+from coordinator.prepared_data import check_settings, describe
 from coordinator.settings import Settings, render
 from coordinator.settings_problems import show
 from coordinator.settings_sections import DataSettings
-from coordinator.signed import Curated, run_config
+from coordinator.signed import Curated, Described, run_config
 from diloco.checkpoint import write_checkpoint
 from diloco.genesis import initial_state
 from diloco.shards import Shard
+from mmdit.conditioning import ConditioningConfig
 from mmdit.export import write_description
 from protocol import layout
+from protocol.assignment import stage_shards
 from protocol.canonical import sha256_hex
 from protocol.documents import (
     DatasetManifest,
@@ -85,6 +88,7 @@ class _Data:
     shards: tuple[Path, ...]
     heldout: Path
     dataset: SignedDataset | None
+    described: Described
 
 
 def found(
@@ -122,18 +126,19 @@ def found(
     """
     if seed is not None and len(seed) != SEED_BYTES:
         raise ValueError(f"a run's seed has {SEED_BYTES} bytes, this one has {len(seed)}")
-    _check_shards(settings, shards, heldout)
+    if dataset is not None:
+        check_settings(settings, dataset.manifest)
+    described = describe(settings, None if dataset is None else dataset.manifest)
+    _check_shards(settings, described, shards, heldout)
     _check_evidence(settings, calibration)
     if not directory.founding.exists():
         _refuse_key_file(root_key_out)
-    with disk_trouble_explained("No run was made"):
-        directory.root.mkdir(parents=True, exist_ok=True)
-    with directory.lock(), disk_trouble_explained("No run was made"):
+    with _held(directory), disk_trouble_explained("No run was made"):
         root = _clear(directory, root_key_out)
         with _undone_on_failure(directory, root_key_out):
             work = directory.founding
             write_file(work / _MARKER, root.public.hex.encode("ascii") + b"\n")
-            data = _Data(shards=tuple(shards), heldout=heldout, dataset=dataset)
+            data = _Data(shards=tuple(shards), heldout=heldout, dataset=dataset, described=described)
             envelope = _build(work, settings, data, root, seed or os.urandom(SEED_BYTES), now_ms)
             if dataset is not None:
                 write_file(work / "public" / layout.DATASET, dataset.envelope)
@@ -146,15 +151,20 @@ def found(
     return directory.identity()
 
 
-def _check_shards(settings: Settings, shards: Sequence[Path], heldout: Path) -> None:
+def _check_shards(settings: Settings, described: Described, shards: Sequence[Path], heldout: Path) -> None:
     if len(shards) < settings.rounds.shards_per_unit:
         raise ConfigInvalid(
             f"rounds.shards_per_unit is {settings.rounds.shards_per_unit}, but the data has {len(shards)} training "
             "shards: lower the first, or give more shards."
         )
-    shape, conditioning, space = settings.model_shape(), settings.conditioning(), settings.space()
+    shape, text = settings.model_shape(), described.conditioning.layout
     patch, largest = shape.patch_size, shape.pos_embed_max_size * shape.patch_size
-    expected = (space.channels, space.height, space.width, shape.joint_attention_dim, shape.pooled_projection_dim)
+    if text.token_dim != shape.joint_attention_dim or text.pooled_dim != shape.pooled_projection_dim:
+        raise ConfigInvalid(
+            f"model.preset is {settings.model.preset}, which hears tokens of {shape.joint_attention_dim} and a pooled "
+            f"vector of {shape.pooled_projection_dim}, but the data set was prepared for {text.token_dim} and "
+            f"{text.pooled_dim}."
+        )
     for path in (*shards, heldout):
         try:
             if path.stat().st_size > MAX_SHARD_BYTES:
@@ -167,19 +177,31 @@ def _check_shards(settings: Settings, shards: Sequence[Path], heldout: Path) -> 
                 f"data.source is {show(settings.data.source)} (the default), but {path.name} says "
                 f"{show(shard.info.source)}: describe your data in [data], its licence too."
             )
-        channels, *sides, token_dim, pooled_dim = shard.widths
-        fits = (channels, token_dim, pooled_dim) == (expected[0], *expected[3:])
-        if not fits or any(side % patch or side > largest for side in sides):
+        channels, *sides = shard.size
+        if channels != shape.in_channels or any(side % patch or side > largest for side in sides):
             raise ConfigInvalid(
-                f"model.preset is {settings.model.preset}, which needs shards of (channels, height, width, token "
-                f"width, pooled width) = {expected}, but {path.name} has {shard.widths}."
+                f"model.preset is {settings.model.preset}, which needs shards of {shape.in_channels} channels, "
+                f"with sides that are multiples of {patch} up to {largest}, but {path.name} has (channels, height, "
+                f"width) = {shard.size}."
             )
-        longest = max(
-            int(stop - start) for start, stop in zip(shard.text_offsets, shard.text_offsets[1:], strict=False)
-        )
-        if longest > conditioning.max_tokens:
+        _check_text(settings, described, path, shard)
+
+
+def _check_text(settings: Settings, described: Described, path: Path, shard: Shard) -> None:
+    """Raise ConfigInvalid unless a shard holds what the run hears."""
+    embedded = isinstance(described.conditioning, ConditioningConfig)
+    for part in described.conditioning.layout.parts:
+        widths = shard.text_widths.get(part.name)
+        if widths is None and embedded and shard.has_captions:
+            continue
+        if widths != (part.width, part.pooled):
             raise ConfigInvalid(
-                f"model.max_tokens is {conditioning.max_tokens}, but {path.name} has a caption of {longest} tokens: "
+                f"model.preset is {settings.model.preset} and model.text {show(settings.model.text)}, which needs "
+                f"text of (token width, pooled width) = {(part.width, part.pooled)}, but {path.name} has {widths}."
+            )
+        if shard.longest(part.name) > part.rows:
+            raise ConfigInvalid(
+                f"model.max_tokens is {part.rows}, but {path.name} has a caption of {shard.longest(part.name)} tokens: "
                 "raise the first, or encode the captions shorter."
             )
 
@@ -261,10 +283,12 @@ def _build(
         shards=tuple(_add_shard(path, public) for path in data.shards),
         heldout=_add_shard(data.heldout, public),
         seed=seed,
-        genesis_sha256=_write_genesis(checkpoint, settings, seed),
+        genesis_sha256=_write_genesis(checkpoint, settings, data.described, seed),
+        described=data.described,
         curated=None if data.dataset is None else data.dataset.curated,
     )
     _check_distinct(config)
+    _check_stages(config)
     _check_unit_bytes(config)
     if data.dataset is not None:
         _check_curated(config, data.dataset)
@@ -347,8 +371,19 @@ def _add_shard(path: Path, public: Path) -> ShardRef:
     sha256 = sha256_hex(content)
     (public / layout.shard_path(sha256)).write_bytes(content)
     shard = Shard.open(content)
-    _, height, width, _, _ = shard.widths
+    _, height, width = shard.size
     return ShardRef(sha256=sha256, size=len(content), samples=shard.n, height=height, width=width)
+
+
+def _check_stages(config: RunConfig) -> None:
+    for stage in config.rounds.stages:
+        _, shards = stage_shards(config, stage.first_round)
+        if len(shards) < config.rounds.shards_per_unit:
+            raise ConfigInvalid(
+                f"rounds.stages has a stage of {stage.side} latent pixels a side from round {stage.first_round} "
+                f"on, but {len(shards)} shards have pictures of about that size, and rounds.shards_per_unit is "
+                f"{config.rounds.shards_per_unit}."
+            )
 
 
 def _check_unit_bytes(config: RunConfig) -> None:
@@ -368,13 +403,6 @@ def _check_curated(config: RunConfig, dataset: SignedDataset) -> None:
     expected = [shard.sha256 for shard in (*signed.shards, signed.heldout)]
     if [shard.sha256 for shard in (*config.data.shards, config.data.heldout)] != expected:
         raise DatasetInvalid("The shards are not those that the curator has signed for; copy the data set again.")
-    for name, described in (("conditioning", config.conditioning), ("space", config.space)):
-        if signed.encoder.get(name) != described:
-            raise ConfigInvalid(
-                f"The data set was prepared with the {name} {show(signed.encoder.get(name))}, but the run has "
-                f"{show(described)}: set model.preset, model.text and model.max_tokens as they were, or prepare it "
-                "again."
-            )
 
 
 def _check_distinct(config: RunConfig) -> None:
@@ -385,14 +413,15 @@ def _check_distinct(config: RunConfig) -> None:
         )
 
 
-def _write_genesis(checkpoint: Path, settings: Settings, seed: bytes) -> Digest:
+def _write_genesis(checkpoint: Path, settings: Settings, described: Described, seed: bytes) -> Digest:
     """Write checkpoint 0's model files; return the digest of its weights."""
     shape = settings.model_shape()
     write_description(
         checkpoint,
         config=shape,
-        conditioning=settings.conditioning(),
-        space=settings.space(),
+        conditioning=described.conditioning,
+        space=described.space,
+        shift=settings.training.shift,
         ema=settings.outer.ema_decay > 0,
     )
     return Digest(write_checkpoint(checkpoint / layout.WEIGHTS, initial_state(shape, seed)).sha256.hex())
@@ -456,12 +485,37 @@ def _commit(directory: RunDirectory, envelope: bytes) -> None:
 
 
 @contextmanager
+def _held(directory: RunDirectory) -> Iterator[None]:
+    """Hold the directory, made if it is missing; where no run comes of it, what was made for holding it goes again."""
+    made, had_lock = not directory.root.exists(), directory.lock_file.exists()
+    with disk_trouble_explained("No run was made"):
+        directory.root.mkdir(parents=True, exist_ok=True)
+    with directory.lock():
+        try:
+            yield
+        except BaseException:
+            if not directory.holds_run and not had_lock:
+                directory.lock_file.unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):  # the mark of the root key is still in it
+                    directory.root.rmdir()
+            raise
+
+
+@contextmanager
 def _undone_on_failure(directory: RunDirectory, root_key_out: Path) -> Iterator[None]:
     """Clear away what was made if founding fails by itself; after SIGKILL the next founding does it."""
+    file = directory.settings_file
+    said = file.read_bytes() if file.exists() else None
     try:
         yield
     except BaseException:
         if not directory.holds_run:
+            if said is None:
+                file.unlink(missing_ok=True)  # a later attempt would take it for the operator's own words
+            elif file.read_bytes() != said:
+                write_file(file, said)
+                file.with_name("run.toml.old").unlink(missing_ok=True)
             # Once the key is exported, the marker must stay: it is what lets the next founding take the key up again.
             kept = {directory.founding / _MARKER} if root_key_out.exists() else set()
             for path in {directory.keys, directory.public, *directory.founding.iterdir()} - kept:

@@ -7,9 +7,10 @@ Every setting has a default, and together the defaults are a small run over scik
 import json
 import textwrap
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -108,8 +109,12 @@ class Settings(BaseModel):
                 )
 
     @classmethod
-    def parse(cls, text: str, overrides: Sequence[str] = ()) -> Self:
+    def parse(
+        cls, text: str, overrides: Sequence[str] = (), defaults: Mapping[str, object] = MappingProxyType({})
+    ) -> Self:
         """Read run.toml's text; then let each override ("section.key=value") win over it.
+
+        `defaults`, by dotted name, stand in for what neither says.
 
         Raises:
             ConfigInvalid: not TOML, an unknown setting, a wrong or conflicting value; the message says what is right.
@@ -122,6 +127,10 @@ class Settings(BaseModel):
             raise ConfigInvalid("run.toml is not valid: its values are nested too deeply.") from None
         for override in overrides:
             _override(values, override)
+        for name, value in defaults.items():
+            section, _, key = name.partition(".")
+            if isinstance(table := values.setdefault(section, {}), dict):
+                table.setdefault(key, value)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -131,7 +140,9 @@ class Settings(BaseModel):
         raise ConfigInvalid("\n  ".join([f"There are {len(problems)} problems with the settings:", *problems]))
 
     @classmethod
-    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+    def load(
+        cls, path: Path, overrides: Sequence[str] = (), defaults: Mapping[str, object] = MappingProxyType({})
+    ) -> Self:
         """Read a run.toml file; raises `ConfigInvalid` like `parse`, also for a file that can't be read."""
         try:
             text = read_plain(path, _MOST_BYTES).decode("utf-8")
@@ -142,15 +153,24 @@ class Settings(BaseModel):
                 f"{path} can't be read ({error.strerror}); "
                 f"`commonweight coordinator init --template-only {path.parent}` writes a new one."
             ) from None
-        return cls.parse(text, overrides)
+        return cls.parse(text, overrides, defaults)
 
     def model_shape(self) -> MMDiTConfig:
         """Return the model's shape."""
         return PRESETS[self.model.preset]
 
     def conditioning(self) -> ConditioningConfig:
-        """Return the embedded text encoder, as wide as the model asks for."""
+        """Return the embedded text encoder, as wide as the model asks for.
+
+        Raises:
+            ConfigInvalid: the run has networks for it, which only its data set can describe.
+        """
         shape = self.model_shape()
+        if self.model.text == "encoders":
+            raise ConfigInvalid(
+                'model.text is "encoders", but the data set was not prepared with text encoders: prepare it with '
+                "--components, or choose another model.text."
+            )
         return ConditioningConfig(
             kind=self.model.text,
             max_tokens=self.model.max_tokens,
@@ -159,8 +179,18 @@ class Settings(BaseModel):
         )
 
     def space(self) -> PixelSpace:
-        """Return the space that the model paints in: pixels, moved to -1..1."""
+        """Return the space that the model paints in: pixels, moved to -1..1.
+
+        Raises:
+            ConfigInvalid: the model paints in latents, which only the data set can describe.
+        """
         shape = self.model_shape()
+        if shape.in_channels not in (1, 3):
+            raise ConfigInvalid(
+                f"model.preset is {self.model.preset}, which paints in {shape.in_channels} latent channels, but the "
+                "data set was not prepared with an autoencoder: prepare it with --components, or choose a model that "
+                "paints in pixels."
+            )
         side = shape.sample_size
         return PixelSpace(channels=shape.in_channels, height=side, width=side, shift=-1.0, scale=2.0)
 

@@ -47,31 +47,29 @@ class ModelSettings(_Section):
 
     preset: str = Field(
         default="digits",
-        description='Shape of the model, by name: "digits" (8 x 8 grey pixels) or "rgb32" (32 x 32 RGB pixels).',
+        description='Shape of the model, by name, as `commonweight models` lists them: "digits" (8 x 8 grey pixels), '
+        '"rgb32" (32 x 32 RGB pixels), or "d12" to "d38", which paint in the latents of an autoencoder and need a data '
+        "set that was prepared with one.",
     )
-    text: Literal["byte-patch", "bytes"] = Field(
+    text: Literal["byte-patch", "bytes", "encoders"] = Field(
         default="byte-patch",
         description='How captions become tokens: "byte-patch" takes four bytes at a time; "bytes" one, so that the '
-        "model sees letters one by one and can learn to spell.",
+        'model sees letters one by one and can learn to spell; "encoders" is the networks (CLIP, T5) that the data set '
+        "was prepared with.",
     )
     max_tokens: int = Field(
         default=8,
         ge=1,
         le=4096,
-        description="Text tokens that the model sees; what is longer is heard through the pooled vector alone.",
+        description="Text tokens that the model sees; what is longer is heard through the pooled vector alone. "
+        'With model.text = "encoders" they have numbers of their own.',
     )
 
     @field_validator("preset")
     @classmethod
     def _known(cls, preset: str) -> str:
-        pixel = sorted(name for name, config in PRESETS.items() if config.in_channels in (1, 3))
         if preset not in PRESETS:
-            raise ValueError(f"model.preset is {show(preset)}; it must be {' or '.join(map(show, pixel))}.")
-        if preset not in pixel:
-            raise ValueError(
-                f"model.preset is {show(preset)}, which paints in {PRESETS[preset].in_channels} latent channels, but "
-                f"runs of this version paint in pixels (1 or 3 channels); choose {' or '.join(map(show, pixel))}."
-            )
+            raise ValueError(f"model.preset is {show(preset)}; it must be {' or '.join(map(show, sorted(PRESETS)))}.")
         return preset
 
 
@@ -123,7 +121,20 @@ class TrainingSettings(_Section):
     )
     weight_decay: float = Field(default=0.01, ge=0, le=10, description="AdamW's weight decay.")
     grad_clip: float = Field(default=1.0, gt=0, description="Largest norm of a step's gradient.")
-    text_dropout: float = Field(default=0.1, ge=0, le=1, description="Share of samples trained without their caption.")
+    text_dropout: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of samples trained without their caption; with several text encoders, of each by itself: "
+        "Stable Diffusion 3 has 0.464 for three, so that every tenth sample hears nothing.",
+    )
+    shift: float = Field(
+        default=1.0,
+        gt=0,
+        le=100,
+        description="Shift of the timesteps towards noise, for pictures of the model's size and the sampler as well: 1 "
+        "up to 256 x 256 pixels or so, 3 at 1024 x 1024. Larger pictures of the same run are shifted further.",
+    )
     segment_steps: int = Field(
         default=10, ge=1, le=100_000, description="Steps between two digests that a claim commits to."
     )
@@ -240,6 +251,34 @@ class RoundsSettings(_Section):
     )
     lease_seconds: float = Field(default=300.0, ge=1, le=31_536_000, description="Time to train a unit and claim it.")
     upload_seconds: float = Field(default=300.0, ge=1, le=31_536_000, description="Time to upload a claimed delta.")
+    stages: str = Field(
+        default="",
+        max_length=MAX_TEXT_CHARACTERS,
+        description='From which round on units train on pictures of which size, such as "1:256 2001:512": the first '
+        "2,000 rounds on about 256 x 256 pixels, then 512 x 512, of all proportions. Empty takes all sizes at all "
+        "times.",
+    )
+
+    @field_validator("stages")
+    @classmethod
+    def _staged(cls, stages: str) -> str:
+        try:
+            parsed = parse_stages(stages)
+        except ValueError:
+            parsed = ((0, 0),)
+        firsts = [first for first, _ in parsed]
+        if parsed and (firsts[0] != 1 or firsts != sorted(set(firsts)) or min(side for _, side in parsed) < 1):
+            raise ValueError(
+                f"rounds.stages is {show(stages)}; it must be pairs of a round and a side in pixels, rounds rising "
+                'from 1, such as "1:256 2001:512".'
+            )
+        return stages
+
+
+def parse_stages(stages: str) -> tuple[tuple[int, int], ...]:
+    """Return (first round, side in pixels) of each stage of `rounds.stages`; raises ValueError."""
+    pairs = (word.partition(":") for word in stages.split())
+    return tuple((int(first), int(side)) for first, _, side in pairs)
 
 
 class ServerSettings(_Section):

@@ -30,7 +30,7 @@ from protocol.documents import Artifact, FileEntry, RunConfig
 from protocol.errors import Bug, BytesRefused, CheckpointCorrupt, CommonweightError, SketchMismatch
 from verify.admission import admit_delta, file_sha256
 from verify.compare import sketch_difference
-from verify.replay import codec_config, conditioning_config, delta_schema, merge_rules, model_config
+from verify.replay import codec_config, conditioning_config, delta_schema, merge_rules, model_config, shard_set
 
 logger = logging.getLogger(__name__)
 
@@ -176,10 +176,10 @@ def evaluate(config: RunConfig, job: Job) -> Job:
 
     from diloco.checkpoint import TensorFile
     from diloco.evaluate import validation_loss
-    from diloco.shards import Shard, ShardSet
+    from diloco.shards import Shard
 
     torch.set_num_threads(1)
-    shards = ShardSet([Shard.open(Path(job["heldout"]))])
+    shards = shard_set(config, [Shard.open(Path(job["heldout"]))])
     return {
         name: validation_loss(
             model_config(config),

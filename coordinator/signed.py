@@ -6,10 +6,13 @@ from typing import Any, Final
 
 from coordinator.settings import Settings
 from coordinator.settings_problems import show
+from coordinator.settings_sections import parse_stages
 from diloco import NUMERICS
 from diloco.codec import UNIT as CODEC_UNIT
 from diloco.trail import merkle_root
+from mmdit.encoders import Conditioning, conditioning_from_json, conditioning_to_json
 from mmdit.presets import PRESETS
+from mmdit.space import Space, space_from_json, space_to_json
 from protocol.documents import (
     Codec,
     DataSet,
@@ -19,6 +22,7 @@ from protocol.documents import (
     Rounds,
     RunConfig,
     ShardRef,
+    Stage,
     Training,
     Verification,
 )
@@ -51,6 +55,32 @@ class Curated:
     manifest_sha256: Digest
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """How captions and pictures become the numbers that a run trains on."""
+
+    conditioning: Conditioning
+    space: Space
+
+
+def _described_in(config: RunConfig) -> Described:
+    return Described(
+        conditioning=conditioning_from_json(config.conditioning),
+        space=space_from_json(config.space),
+    )
+
+
+def _described_again(settings: Settings, config: RunConfig) -> Described:
+    """What these settings say, and where they leave it to the data set, what the run has."""
+    found = _described_in(config)
+    left_conditioning = settings.model.text == "encoders" and config.conditioning.get("kind") == "encoders"
+    left_space = config.space.get("kind") == "vae"
+    return Described(
+        conditioning=found.conditioning if left_conditioning else settings.conditioning(),
+        space=found.space if left_space else settings.space(),
+    )
+
+
 def run_config(
     settings: Settings,
     *,
@@ -58,6 +88,7 @@ def run_config(
     heldout: ShardRef,
     seed: bytes,
     genesis_sha256: Digest,
+    described: Described | None = None,
     curated: Curated | None = None,
 ) -> RunConfig:
     """Return the complete run config of a run with these settings.
@@ -67,17 +98,20 @@ def run_config(
         heldout: the shard that no unit trains on.
         seed: 32 bytes, from which the first weights come.
         genesis_sha256: digest of checkpoint 0's weights file.
+        described: how captions and pictures become numbers; None is what the settings say.
         curated: who has signed for the data, if anybody.
     """
     training, outer = settings.training, settings.outer
+    if described is None:
+        described = Described(conditioning=settings.conditioning(), space=settings.space())
     return RunConfig(
         name=settings.run.name,
         numerics=NUMERICS,
         verification=verification_of(settings),
         seed=seed.hex(),
         model=settings.model_shape().to_diffusers(),
-        conditioning=asdict(settings.conditioning()),
-        space={"kind": "pixel", **asdict(settings.space())},
+        conditioning=conditioning_to_json(described.conditioning),
+        space=space_to_json(described.space),
         data=DataSet(
             name=settings.data.name,
             source=settings.data.source,
@@ -106,7 +140,7 @@ def run_config(
             threshold=round(settings.patch.threshold * CODEC_UNIT),
         ),
         outer=OuterStep(lr=outer.lr, momentum=outer.momentum, ema_decay=outer.ema_decay),
-        rounds=_rounds(settings),
+        rounds=_rounds(settings, described.space.factor),
         genesis_sha256=genesis_sha256,
         weights_licence=settings.run.weights_licence,
         terms=settings.run.terms,
@@ -121,8 +155,10 @@ def differences(settings: Settings, config: RunConfig) -> tuple[Difference, ...]
         heldout=config.data.heldout,
         seed=bytes.fromhex(config.seed),
         genesis_sha256=Digest(config.genesis_sha256),
+        described=_described_again(settings, config),
     )
-    ours, theirs = _as_written(wanted), _as_written(config)
+    factor = _described_in(config).space.factor
+    ours, theirs = _as_written(wanted, factor), _as_written(config, factor)
     return tuple(
         Difference(name=name, in_settings=show(ours[name]), in_run=show(theirs[name]))
         for name in ours
@@ -130,7 +166,7 @@ def differences(settings: Settings, config: RunConfig) -> tuple[Difference, ...]
     )
 
 
-def _rounds(settings: Settings) -> Rounds:
+def _rounds(settings: Settings, factor: int) -> Rounds:
     rounds = settings.rounds
     return Rounds(
         planned=rounds.planned,
@@ -143,6 +179,9 @@ def _rounds(settings: Settings) -> Rounds:
         staleness_discount=max(1, round(rounds.staleness_discount * SHARE_ONE)),
         lease_ms=round(rounds.lease_seconds * SECOND_MS),
         upload_ms=round(rounds.upload_seconds * SECOND_MS),
+        stages=tuple(
+            Stage(first_round=first, side=max(1, side // factor)) for first, side in parse_stages(rounds.stages)
+        ),
     )
 
 
@@ -153,7 +192,7 @@ def verification_of(settings: Settings) -> Verification:
     return Verification(**written, **shares)
 
 
-def _as_written(config: RunConfig) -> dict[str, Any]:
+def _as_written(config: RunConfig, factor: int) -> dict[str, Any]:
     """The config under the names and in the units of run.toml."""
     training, rounds, verification = asdict(config.training), asdict(config.rounds), asdict(config.verification)
     for name in _SHARES:
@@ -161,6 +200,7 @@ def _as_written(config: RunConfig) -> dict[str, Any]:
     training["short_share"] = _share(config.training.short_share, SHARE_ONE)
     training["text_dropout"] = _share(config.training.text_dropout, DROPOUT_ONE)
     rounds["max_mib_per_unit"] = rounds.pop("max_bytes_per_unit") // MIB
+    rounds["stages"] = " ".join(f"{stage.first_round}:{stage.side * factor}" for stage in config.rounds.stages)
     rounds["staleness_discount"] = _share(config.rounds.staleness_discount, SHARE_ONE)
     for name in ("min_window", "lease", "upload"):
         rounds[f"{name}_seconds"] = rounds.pop(f"{name}_ms") / SECOND_MS

@@ -16,7 +16,7 @@ from diloco.container import Container
 from diloco.tables import Floats
 from diloco.weigh import gram, weigh_delta
 from protocol.documents import Digest, MergeEntry, RunConfig
-from verify.replay import codec_config, conditioning_config, delta_schema, model_config
+from verify.replay import codec_config, conditioning_config, delta_schema, model_config, shard_set
 from verify.screen import loss_changes, outliers
 from verify.weights import Candidate, merge_weights, needs_sketches, norm_clips
 
@@ -115,11 +115,11 @@ def _screen(config: RunConfig, job: Job, cohort: Cohort, audited: set[str]) -> S
 
     from diloco.checkpoint import TensorFile
     from diloco.evaluate import TripleLoss, heldout_losses
-    from diloco.shards import Shard, ShardSet
+    from diloco.shards import Shard
 
     torch.set_num_threads(1)
     base = TensorFile.open(Path(job["base"])).load()
-    heldout = ShardSet([Shard.open(Path(job["heldout"]))])
+    heldout = shard_set(config, [Shard.open(Path(job["heldout"]))])
 
     def losses(weights: dict[str, Floats]) -> list[TripleLoss]:
         return heldout_losses(

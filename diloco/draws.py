@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from diloco.shards import ShardSet
+from diloco.shards import EMPTY, KEPT, SILENT, ShardSet
 from diloco.streams import Stream
 from diloco.tables import logit_normal_table, normal_table
 
@@ -56,23 +56,28 @@ class Draws:
         """Return which of `n` samples is trained on: the order stream's word mod n."""
         return self._order.word(step, place) % n
 
-    def batch(self, step: int, size: int, shards: ShardSet, *, max_tokens: int, text_dropout: int) -> Batch:
+    def batch(
+        self, step: int, size: int, shards: ShardSet, *, max_tokens: int, text_dropout: int, shift: float = 1.0
+    ) -> Batch:
         """Return the batch of a step, on the CPU.
 
         Args:
-            text_dropout: probability in units of 2^-16 that a caption (tokens and pooled vector) becomes zeros.
+            text_dropout: probability in units of 2^-16 that what an encoder says of a caption (tokens and pooled
+                vector) is not heard; of each encoder by itself.
+            shift: of the timesteps, towards noise.
         """
         places = range(size)
         indices = [self.index(step, place, shards.n) for place in places]
-        latent_BCHW, text_BLD, pooled_BP = shards.batch(indices, max_tokens)
-        for place in places:
-            if self._dropout.u16(step, place, 1)[0] < text_dropout:
-                text_BLD[place] = 0
-                pooled_BP[place] = 0
+        count = len(shards.texts.layout.parts)
+        heard = [self._heard(step, place, count, text_dropout) for place in places]
+        latent_BCHW, text_BLD, pooled_BP = shards.batch(indices, max_tokens, heard)
         elements = latent_BCHW[0].numel()
         # One lookup for the whole batch: the streams give indices, the table gives numbers.
         noise = normal_table()[np.stack([self._noise.u16(step, place, elements) for place in places])]
         t = logit_normal_table()[np.concatenate([self._timestep.u16(step, place, 1) for place in places])]
+        if shift != 1.0:
+            # Separate fp32 operations; t stays within (0, 1).
+            t = np.float32(shift) * t / (np.float32(1) + np.float32(shift - 1.0) * t)
         return Batch(
             latent=latent_BCHW,
             text=text_BLD,
@@ -80,3 +85,13 @@ class Draws:
             noise=torch.from_numpy(noise).view_as(latent_BCHW),
             t=torch.from_numpy(t),
         )
+
+    def _heard(self, step: int, place: int, count: int, text_dropout: int) -> list[int]:
+        """Return for each encoder whether its text is heard.
+
+        What is dropped is zeros in one half of the samples and the encoding of the empty caption in the other: Stable
+        Diffusion 3 was trained with zeros, and `StableDiffusion3Pipeline` leads away from the empty caption.
+        """
+        drawn = self._dropout.u16(step, place, count)
+        instead = EMPTY if int(drawn[0]) & 1 else SILENT
+        return [instead if int(one) < text_dropout else KEPT for one in drawn]

@@ -1,12 +1,15 @@
-"""A data shard: latents and text conditioning of some thousands of pictures, as one canonical safetensors file.
+"""A data shard: latents, captions and encoded text of some thousands of pictures, as one canonical safetensors file.
 
-Tensors: `text_offsets` [N + 1] int64, `latent` [N, C, H, W] fp16, `pooled` [N, P] fp16, `text` [sum of L, D] fp16.
-Text is stored without padding: sample i owns rows text_offsets[i] to text_offsets[i + 1].
+Tensors: `latent` [N, C, H, W] fp16; `captions`, their UTF-8 bytes, with `caption_offsets` [N + 1] int64; and of each
+text encoder `text` [sum of L, D] fp16, `text_offsets` int64 and `pooled` [., P] fp16, under the encoder's name and a
+dot; the embedded encoder has no name. A shard holds captions, encoded text, or both. Text is stored without padding:
+sample i owns rows text_offsets[i] to text_offsets[i + 1]. An encoder with a name has one text more than there are
+samples: that of the empty caption, which training without a caption needs.
 """
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -16,18 +19,37 @@ import numpy.typing as npt
 import torch
 
 from diloco.layout import DTYPES, LENGTH_BYTES, Entry, Layout, parse_layout
+from diloco.texts import StoredTexts, TextSource
+from mmdit.conditioning import Encoded, TextPart, embedded_layout
+from mmdit.encoders import ENCODER_NAMES
 from protocol.canonical import canonical_json, parse_json
 from protocol.errors import PayloadInvalid, ShardCorrupt
 from protocol.limits import MAX_SHARD_HEADER_BYTES
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 Halves = npt.NDArray[np.float16]
 Offsets = npt.NDArray[np.int64]
 
+_LATENT: Final = "latent"
+_CAPTIONS, _CAPTION_OFFSETS = "captions", "caption_offsets"
+_TEXT, _TEXT_OFFSETS, _POOLED = "text", "text_offsets", "pooled"
+# Dtype and rank of every tensor, by the last part of its name.
+_KINDS: Final[Mapping[str, tuple[str, int]]] = {
+    _LATENT: ("F16", 4),
+    _CAPTIONS: ("U8", 1),
+    _CAPTION_OFFSETS: ("I64", 1),
+    _TEXT: ("F16", 2),
+    _TEXT_OFFSETS: ("I64", 1),
+    _POOLED: ("F16", 2),
+}
 # Widest element first, so that every tensor starts at a multiple of its element's size.
-_ORDER: Final = ("text_offsets", "latent", "pooled", "text")
-_DTYPES: Final = {"text_offsets": "I64", "latent": "F16", "pooled": "F16", "text": "F16"}
-_RANKS: Final = {"text_offsets": 1, "latent": 4, "pooled": 2, "text": 2}
+_WIDEST_FIRST: Final = ("I64", "F16", "U8")
+_PARTS: Final = ("", *ENCODER_NAMES)
+_TEXT_TENSORS: Final = (_TEXT, _TEXT_OFFSETS, _POOLED)
+_KNOWN: Final = {_LATENT, _CAPTIONS, _CAPTION_OFFSETS} | {
+    f"{part}.{tensor}".removeprefix(".") for part in _PARTS for tensor in _TEXT_TENSORS
+}
+_ANY_ROWS: Final = 1 << 31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +80,7 @@ class Sample:
 def write_shard(
     latent_NCHW: Halves, texts_LD: Sequence[Halves], pooled_NP: Halves, info: ShardInfo
 ) -> bytes:  # fmt: skip
-    """Return the bytes of a shard; equal content gives equal bytes.
+    """Return the bytes of a shard whose text the embedded encoder has made; equal content gives equal bytes.
 
     Args:
         latent_NCHW: fp16 latents.
@@ -68,46 +90,122 @@ def write_shard(
     Raises:
         ValueError: shapes or dtypes do not fit each other.
     """
-    n = len(latent_NCHW)
-    if not n or len(texts_LD) != n or len(pooled_NP) != n:
-        raise ValueError(f"a shard of {n} latents needs as many texts ({len(texts_LD)}) and vectors ({len(pooled_NP)})")
-    offsets = np.cumsum([0, *(len(text) for text in texts_LD)], dtype=np.int64)
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "text_offsets": offsets,
-        "latent": latent_NCHW,
-        "pooled": pooled_NP,
-        "text": np.concatenate(texts_LD, axis=0),
-    }
+    if len(texts_LD) != len(pooled_NP):
+        raise ValueError(f"a shard needs as many texts ({len(texts_LD)}) as vectors ({len(pooled_NP)})")
+    encoded = [Encoded(tokens=text, pooled=pooled) for text, pooled in zip(texts_LD, pooled_NP, strict=True)]
+    return pack_shard(latent_NCHW, info, parts={"": encoded})
+
+
+def pack_shard(
+    latent_NCHW: Halves,
+    info: ShardInfo,
+    *,
+    captions: Sequence[str] | None = None,
+    parts: Mapping[str, Sequence[Encoded]] | None = None,
+) -> bytes:
+    """Return the bytes of a shard; equal content gives equal bytes.
+
+    Args:
+        latent_NCHW: fp16 latents.
+        info: what the header says.
+        captions: one for each sample.
+        parts: what text encoders have made of them, by the encoders' names; those with a name give one text more at the
+            end, of the empty caption.
+
+    Raises:
+        ValueError: neither captions nor text, or shapes or dtypes that do not fit each other.
+    """
+    n, parts = len(latent_NCHW), parts or {}
+    if not n or (captions is None and not parts):
+        raise ValueError("a shard needs latents, and captions or encoded text")
+    arrays: dict[str, npt.NDArray[Any]] = {_LATENT: latent_NCHW}
+    if captions is not None:
+        if len(captions) != n:
+            raise ValueError(f"a shard of {n} latents needs as many captions, not {len(captions)}")
+        arrays |= _packed_captions(captions)
+    for name, texts in parts.items():
+        if len(texts) != _texts_of(name, n):
+            raise ValueError(f"a shard of {n} latents needs as many texts, not {len(texts)}")
+        arrays |= _packed_text(name, texts)
     for name, array in arrays.items():
-        if array.dtype != DTYPES[_DTYPES[name]] or array.ndim != _RANKS[name]:
-            raise ValueError(
-                f"{name} is {array.dtype}{array.shape}; a shard holds {_DTYPES[name]} of rank {_RANKS[name]}"
-            )
-    entries = tuple(Entry(name=name, dtype=_DTYPES[name], shape=arrays[name].shape) for name in _ORDER)
+        dtype, rank = _kind(name)
+        if array.dtype != DTYPES[dtype] or array.ndim != rank:
+            raise ValueError(f"{name} is {array.dtype}{array.shape}; a shard holds {dtype} of rank {rank}")
+    order = _file_order(arrays)
+    entries = tuple(Entry(name=name, dtype=_kind(name)[0], shape=arrays[name].shape) for name in order)
     metadata = ("shard", canonical_json(info.to_json(n)).decode("utf-8"))
-    data = (np.ascontiguousarray(arrays[name]).astype(DTYPES[_DTYPES[name]], copy=False).tobytes() for name in _ORDER)
+    data = (np.ascontiguousarray(arrays[name]).astype(DTYPES[_kind(name)[0]], copy=False).tobytes() for name in order)
     return Layout(entries=entries, metadata=metadata).prefix() + b"".join(data)
+
+
+def _packed_captions(captions: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    raw = [caption.encode() for caption in captions]
+    return {
+        _CAPTION_OFFSETS: np.cumsum([0, *(len(text) for text in raw)], dtype=np.int64),
+        _CAPTIONS: np.frombuffer(b"".join(raw), dtype=np.uint8),
+    }
+
+
+def _packed_text(name: str, texts: Sequence[Encoded]) -> dict[str, npt.NDArray[Any]]:
+    packed: dict[str, npt.NDArray[Any]] = {
+        _named(name, _TEXT_OFFSETS): np.cumsum([0, *(len(text.tokens) for text in texts)], dtype=np.int64),
+        _named(name, _TEXT): np.concatenate([text.tokens for text in texts], axis=0),
+    }
+    pooled = np.stack([text.pooled for text in texts])
+    if pooled.shape[-1]:
+        packed[_named(name, _POOLED)] = pooled
+    return packed
+
+
+def _named(part: str, tensor: str) -> str:
+    return f"{part}.{tensor}" if part else tensor
+
+
+def _kind(name: str) -> tuple[str, int]:
+    return _KINDS[name.rpartition(".")[2]]
+
+
+def _file_order(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (_WIDEST_FIRST.index(_kind(name)[0]), name))
+
+
+def _texts_of(part: str, n: int) -> int:
+    return n + 1 if part else n
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredText:
+    """What one encoder has made of a shard's captions: tokens of all, where each begins, and pooled vectors."""
+
+    tokens: Halves
+    offsets: Offsets
+    pooled: Halves
+
+    def of(self, i: int) -> Encoded:
+        """Return the text of sample `i`."""
+        start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
+        return Encoded(tokens=self.tokens[start:stop], pooled=self.pooled[i])
 
 
 class Shard:
     """A shard whose header is canonical and whose tensors fit each other; a path is mapped, not read."""
 
-    __slots__ = ("info", "latent", "n", "pooled", "text", "text_offsets")
+    __slots__ = ("_captions", "info", "latent", "n", "parts")
 
     def __init__(self, info: ShardInfo, tensors: dict[str, npt.NDArray[Any]]) -> None:
         self.info = info
-        self.latent: Halves = tensors["latent"]
-        self.pooled: Halves = tensors["pooled"]
-        self.text: Halves = tensors["text"]
-        self.text_offsets: Offsets = tensors["text_offsets"]
+        self.latent: Halves = tensors[_LATENT]
         self.n = len(self.latent)
+        self.parts: Mapping[str, StoredText] = _stored_parts(tensors, self.n)
+        captions = (tensors[_CAPTIONS], tensors[_CAPTION_OFFSETS]) if _CAPTIONS in tensors else None
+        self._captions: tuple[npt.NDArray[np.uint8], Offsets] | None = captions
 
     @classmethod
     def open(cls, source: Path | bytes) -> Self:
-        """Check header, size, shapes, offsets and finiteness.
+        """Check header, size, shapes, offsets, captions and finiteness.
 
         Raises:
-            ShardCorrupt: something is not what `write_shard` writes.
+            ShardCorrupt: something is not what `pack_shard` writes.
         """
         try:
             return cls._parse(memoryview(_mapped(source)))
@@ -120,65 +218,142 @@ class Shard:
         length = int.from_bytes(raw[:LENGTH_BYTES], "little")
         if len(raw) < LENGTH_BYTES or length > min(MAX_SHARD_HEADER_BYTES, len(raw) - LENGTH_BYTES):
             raise ValueError(f"it announces a header of {length:,} bytes")
-        layout = parse_layout(bytes(raw[LENGTH_BYTES : LENGTH_BYTES + length]), _ORDER)
+        layout = _read_layout(bytes(raw[LENGTH_BYTES : LENGTH_BYTES + length]))
         data = raw[LENGTH_BYTES + length :]
         if len(data) != layout.data_bytes():
             raise ValueError(f"it holds {len(data):,} bytes of data where its header says {layout.data_bytes():,}")
         tensors = dict(_tensors(layout, data))
-        info = _read_info(layout, len(tensors["latent"]))
-        _check_fit(tensors)
+        n = len(tensors[_LATENT])
+        info = _read_info(layout, n)
+        _check_fit(tensors, n)
         return cls(info, tensors)
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """(C, H, W, D, P): what all shards of a unit must share."""
-        return (*self.latent.shape[1:], self.text.shape[1], self.pooled.shape[1])
+    def size(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents."""
+        channels, height, width = self.latent.shape[1:]
+        return channels, height, width
+
+    @property
+    def text_widths(self) -> Mapping[str, tuple[int, int]]:
+        """(D, P) of each encoder whose text it holds, by name."""
+        return {name: (part.tokens.shape[1], part.pooled.shape[1]) for name, part in self.parts.items()}
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether the captions themselves are in it."""
+        return self._captions is not None
+
+    def caption(self, i: int) -> str | None:
+        """Return the caption of sample `i`, if captions are in it."""
+        if self._captions is None:
+            return None
+        raw, offsets = self._captions
+        return raw[int(offsets[i]) : int(offsets[i + 1])].tobytes().decode("utf-8")
+
+    def stored(self, part: str, i: int | None) -> Encoded | None:
+        """Return what an encoder has made of sample `i`, or of the empty caption, if that is in it."""
+        found = self.parts.get(part)
+        return None if found is None else found.of(self.n if i is None else i)
 
     def sample(self, i: int) -> Sample:
-        """Return sample `i`."""
-        start, stop = int(self.text_offsets[i]), int(self.text_offsets[i + 1])
-        return Sample(latent=self.latent[i], text=self.text[start:stop], pooled=self.pooled[i])
+        """Return sample `i`, with what the embedded encoder has made of its caption."""
+        text = self.parts[""].of(i)
+        return Sample(latent=self.latent[i], text=text.tokens, pooled=text.pooled)
+
+    def longest(self, part: str) -> int:
+        """Return the tokens of the longest text of an encoder."""
+        return int(np.diff(self.parts[part].offsets).max())
+
+
+KEPT, SILENT, EMPTY = 0, 1, 2
+"""What a sample hears of an encoder: its caption, nothing (zeros), or what the encoder makes of the empty caption."""
 
 
 class ShardSet:
-    """The shards of a unit, in the unit's order, as one list of samples."""
+    """The shards of a unit, in the unit's order, as one list of samples, and where their text comes from."""
 
-    __slots__ = ("_starts", "n", "shards")
+    __slots__ = ("_starts", "n", "shards", "texts")
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], texts: TextSource | None = None) -> None:
+        """Put shards together.
+
+        Args:
+            shards: all of one size of latents.
+            texts: where text comes from; None is what the embedded encoder has left in the shards.
+        """
         if not shards:
             raise ValueError("a set of shards needs at least one shard")
-        if len({shard.widths for shard in shards}) != 1:
-            raise ShardCorrupt("The unit's shards hold latents or texts of different shapes; they cannot be mixed.")
+        if len({shard.size for shard in shards}) != 1:
+            raise ShardCorrupt("The unit's shards hold latents of different shapes; they cannot be mixed.")
+        self.texts: TextSource = _embedded(shards[0]) if texts is None else texts
+        if any(_misfit(shard, part) for shard in shards for part in self.texts.layout.parts):
+            raise ShardCorrupt("The unit's shards hold texts of different shapes; they cannot be mixed.")
         self.shards = tuple(shards)
         self._starts = np.cumsum([0, *(shard.n for shard in shards)])
         self.n = int(self._starts[-1])
 
-    def sample(self, i: int) -> Sample:
-        """Return sample `i` of all shards' samples."""
+    def place(self, i: int) -> tuple[Shard, int]:
+        """Return the shard that sample `i` of all is in, and its number there."""
         if not 0 <= i < self.n:
             raise IndexError(f"sample {i} of {self.n}")
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self.shards[shard].sample(i - int(self._starts[shard]))
+        return self.shards[shard], i - int(self._starts[shard])
 
-    def batch(self, indices: Sequence[int], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def sample(self, i: int) -> Sample:
+        """Return sample `i` of all shards' samples."""
+        shard, at = self.place(i)
+        return shard.sample(at)
+
+    def batch(
+        self, indices: Sequence[int], max_tokens: int, heard: Sequence[Sequence[int]] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (latent [B, C, H, W], text [B, max_tokens, D], pooled [B, P]), fp32 on the CPU, text zero padded.
 
+        Args:
+            indices: which samples.
+            max_tokens: rows of the text.
+            heard: for each sample and encoder KEPT, SILENT or EMPTY; None keeps all.
+
         Raises:
-            ShardCorrupt: a sample has more than `max_tokens` tokens.
+            ShardCorrupt: a sample has more tokens than there is room for, or a shard lacks what the run hears.
         """
-        channels, height, width, token_dim, pooled_dim = self.shards[0].widths
-        latent = np.empty((len(indices), channels, height, width), dtype=np.float32)
-        text = np.zeros((len(indices), max_tokens, token_dim), dtype=np.float32)
-        pooled = np.empty((len(indices), pooled_dim), dtype=np.float32)
-        for row, i in enumerate(indices):
-            sample = self.sample(i)
-            if len(sample.text) > max_tokens:
-                raise ShardCorrupt(f"Sample {i} has {len(sample.text)} text tokens; the run's limit is {max_tokens}.")
-            latent[row] = sample.latent
-            text[row, : len(sample.text)] = sample.text
-            pooled[row] = sample.pooled
+        places = [self.place(i) for i in indices]
+        latent = np.stack([shard.latent[at] for shard, at in places]).astype(np.float32)
+        try:
+            text, pooled = self.texts.layout.assemble(self._heard(places, heard), max_tokens)
+        except ValueError as error:
+            raise ShardCorrupt(f"A shard does not fit the run: {error}.") from None
         return torch.from_numpy(latent), torch.from_numpy(text), torch.from_numpy(pooled)
+
+    def _heard(
+        self, places: Sequence[tuple[Shard, int]], heard: Sequence[Sequence[int]] | None
+    ) -> list[list[Encoded | None]]:
+        encoded = self.texts.encoded(places)
+        if heard is None:
+            return [list(texts) for texts in encoded]
+        found: list[list[Encoded | None]] = []
+        for (shard, _), texts, states in zip(places, encoded, heard, strict=True):
+            empty = self.texts.empty(shard) if EMPTY in states else texts
+            found.append(
+                [
+                    None if state == SILENT else (one if state == KEPT else nothing)
+                    for state, one, nothing in zip(states, texts, empty, strict=True)
+                ]
+            )
+        return found
+
+
+def _embedded(shard: Shard) -> TextSource:
+    if "" not in shard.parts:
+        raise ShardCorrupt("The shard holds no text of the embedded encoder.")
+    token_dim, pooled_dim = shard.text_widths[""]
+    return StoredTexts(layout=embedded_layout(_ANY_ROWS, token_dim, pooled_dim))
+
+
+def _misfit(shard: Shard, part: TextPart) -> bool:
+    """Whether a shard holds a part's text in other widths; that it holds none is for the source to say."""
+    return shard.text_widths.get(part.name, (part.width, part.pooled)) != (part.width, part.pooled)
 
 
 def _mapped(source: Path | bytes) -> bytes | mmap.mmap:
@@ -189,10 +364,18 @@ def _mapped(source: Path | bytes) -> bytes | mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # an empty file is a ValueError
 
 
+def _read_layout(header: bytes) -> Layout:
+    parsed = parse_json(header)
+    names = [name for name in parsed if name != "__metadata__"] if isinstance(parsed, dict) else []
+    if unknown := sorted(set(names) - _KNOWN):
+        raise ValueError(f"it holds the tensor {unknown[0]!r}")
+    return parse_layout(header, _file_order(names))
+
+
 def _tensors(layout: Layout, data: memoryview) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     starts = layout.starts()
     for entry in layout.entries:
-        if entry.dtype != _DTYPES[entry.name] or len(entry.shape) != _RANKS[entry.name]:
+        if (entry.dtype, len(entry.shape)) != _kind(entry.name):
             raise ValueError(f"{entry.name} is {entry.dtype} of shape {entry.shape}")
         part = data[starts[entry.name] : starts[entry.name] + entry.num_bytes]
         yield entry.name, np.frombuffer(part, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
@@ -214,11 +397,56 @@ def _read_info(layout: Layout, n: int) -> ShardInfo:
     return info
 
 
-def _check_fit(tensors: dict[str, npt.NDArray[Any]]) -> None:
-    latent, pooled, text, offsets = (tensors[name] for name in ("latent", "pooled", "text", "text_offsets"))
-    if not len(latent) or len(pooled) != len(latent) or len(offsets) != len(latent) + 1:
-        raise ValueError(f"it holds {len(latent)} latents, {len(pooled)} pooled vectors, {len(offsets)} text offsets")
-    if offsets[0] != 0 or offsets[-1] != len(text) or np.any(offsets[1:] < offsets[:-1]):
-        raise ValueError("its text offsets do not run from 0 to the number of text rows")
-    if not all(np.all(np.isfinite(array)) for array in (latent, pooled, text)):
+def _stored_parts(tensors: Mapping[str, npt.NDArray[Any]], n: int) -> Mapping[str, StoredText]:
+    parts = {}
+    for name in _PARTS:
+        if _named(name, _TEXT) in tensors:
+            pooled = tensors.get(_named(name, _POOLED))
+            parts[name] = StoredText(
+                tokens=tensors[_named(name, _TEXT)],
+                offsets=tensors[_named(name, _TEXT_OFFSETS)],
+                pooled=np.zeros((_texts_of(name, n), 0), dtype=np.float16) if pooled is None else pooled,
+            )
+    return parts
+
+
+def _check_fit(tensors: Mapping[str, npt.NDArray[Any]], n: int) -> None:
+    if not n:
+        raise ValueError("it holds no latents")
+    if (_CAPTIONS in tensors) != (_CAPTION_OFFSETS in tensors):
+        raise ValueError("it holds captions or their offsets, not both")
+    if _CAPTIONS in tensors:
+        _check_captions(tensors[_CAPTIONS], tensors[_CAPTION_OFFSETS], n)
+    found = [name for name in _PARTS if any(_named(name, tensor) in tensors for tensor in _TEXT_TENSORS)]
+    for name in found:
+        _check_part(name, [tensors.get(_named(name, tensor)) for tensor in _TEXT_TENSORS], n)
+    if not found and _CAPTIONS not in tensors:
+        raise ValueError("it holds neither captions nor text")
+    if not all(np.all(np.isfinite(array)) for array in tensors.values() if array.dtype == np.float16):
         raise ValueError("it holds NaN or infinite values")
+
+
+def _check_captions(captions: npt.NDArray[np.uint8], offsets: Offsets, n: int) -> None:
+    _check_offsets(offsets, n, len(captions), "captions")
+    # A text may be cut only between characters: a byte 10xxxxxx goes on with one.
+    captions.tobytes().decode("utf-8")
+    starts = offsets[:-1][offsets[:-1] < len(captions)]
+    if np.any(captions[starts] & 0xC0 == 0x80):
+        raise ValueError("a caption begins in the middle of a character")
+
+
+def _check_part(name: str, arrays: Sequence[npt.NDArray[Any] | None], n: int) -> None:
+    text, offsets, pooled = arrays
+    if text is None or offsets is None:
+        raise ValueError(f"it holds text of {name or 'the embedded encoder'} without offsets, or the other way round")
+    count = _texts_of(name, n)
+    _check_offsets(offsets, count, len(text), f"texts {name}".rstrip())
+    if pooled is not None and len(pooled) != count:
+        raise ValueError(f"it holds {len(pooled)} pooled vectors {name} for {n} latents")
+
+
+def _check_offsets(offsets: Offsets, count: int, rows: int, what: str) -> None:
+    if len(offsets) != count + 1:
+        raise ValueError(f"it holds {len(offsets)} offsets of {count} {what}")
+    if offsets[0] != 0 or offsets[-1] != rows or np.any(offsets[1:] < offsets[:-1]):
+        raise ValueError(f"the offsets of its {what} do not run from 0 to their end")

@@ -20,7 +20,7 @@ from diloco.streams import SEED_BYTES
 from diloco.tables import Floats
 from diloco.trail import Segment, Trail
 from mmdit.config import MMDiTConfig
-from mmdit.flow import VelocityModel, flow_loss_B
+from mmdit.flow import VelocityModel, flow_loss_B, shift_for
 from mmdit.products import rounded_to_bf16
 from mmdit.transformer import MMDiT, build
 from protocol.errors import TrainingDiverged
@@ -40,7 +40,10 @@ class TrainingSpec:
         warmup_steps: steps over which the learning rate rises linearly, at the start of every unit; 0 is none.
         beta1, beta2, eps, weight_decay: AdamW's (arXiv 1711.05101).
         grad_clip: largest L2 norm of a step's gradient.
-        text_dropout: probability, in units of 2^-16, that a sample is trained without its caption.
+        text_dropout: probability, in units of 2^-16, that what a text encoder says of a sample is not heard; of each
+            encoder by itself.
+        shift: of the timesteps towards noise, for pictures of the model's size; larger ones shift more
+            (`mmdit.flow.shift_for`).
         max_tokens: text tokens of every sample, zero padded; must be the conditioning's.
         segment_steps: steps between two entries of the trail.
         precision: "fp32", with TF32 off; or "bf16": weights and AdamW in fp32, forward and backward pass on bf16 copies
@@ -57,6 +60,7 @@ class TrainingSpec:
     weight_decay: float
     grad_clip: float
     text_dropout: int
+    shift: float
     max_tokens: int
     segment_steps: int
     precision: Literal["fp32", "bf16"]
@@ -65,7 +69,7 @@ class TrainingSpec:
         for name in ("steps", "batch", "segment_steps", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "eps", "grad_clip"):
+        for name in ("lr", "eps", "grad_clip", "shift"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("beta1", "beta2"):
@@ -158,11 +162,17 @@ def run_unit(
     parameters = dict(sorted(model.named_parameters()))
     optimizer = _adamw(training, parameters)
     draws = Draws(spec.seed)
+    shift = shift_for(training.shift, config.sample_size, *shards.shards[0].size[1:])
     losses: list[float] = []
     segments: list[Segment] = []
     for step in range(training.steps):
         drawn = draws.batch(
-            step, training.batch, shards, max_tokens=training.max_tokens, text_dropout=training.text_dropout
+            step,
+            training.batch,
+            shards,
+            max_tokens=training.max_tokens,
+            text_dropout=training.text_dropout,
+            shift=shift,
         )
         lr = training.lr_at(step, spec.lr_scale)
         losses.append(_train_step(model, parameters, optimizer, drawn.to(device), training, lr, parts))

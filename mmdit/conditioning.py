@@ -18,6 +18,7 @@ from typing import Final, Literal
 import numpy as np
 
 HalfArray = np.ndarray[tuple[int, ...], np.dtype[np.float16]]
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 _DOMAIN: Final = b"commonweight/byte-patch/v1"
 ByteKind = Literal["byte-patch", "bytes"]
@@ -29,6 +30,70 @@ _MOST_TOKENS: Final = 4096
 _WIDEST: Final = 65536
 # Half precision holds every multiple of one half up to 1024.
 _MOST_POOLED: Final = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """What one encoder makes of one caption, fp16: tokens [L, width] without padding, pooled [P]."""
+
+    tokens: HalfArray
+    pooled: HalfArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPart:
+    """One encoder's share of what the model hears: a rectangle of the tokens [L, D], a stretch of the pooled vector.
+
+    Args:
+        name: of the encoder; the embedded one has none.
+        row, rows: its tokens, of the sequence.
+        column, width: where its numbers stand in a token; what is left of the token stays zero.
+        pooled_at, pooled: where its numbers stand in the pooled vector; `pooled` is 0 for an encoder that has none.
+    """
+
+    name: str
+    row: int
+    rows: int
+    column: int
+    width: int
+    pooled_at: int
+    pooled: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextLayout:
+    """What the model hears, [rows, token_dim] and [pooled_dim], and which encoder fills which part of it."""
+
+    parts: tuple[TextPart, ...]
+    rows: int
+    token_dim: int
+    pooled_dim: int
+
+    def assemble(
+        self, samples: Sequence[Sequence[Encoded | None]], rows: int | None = None
+    ) -> tuple[FloatArray, FloatArray]:
+        """Put together what the encoders say: tokens [N, rows, token_dim], zero padded, pooled [N, pooled_dim]; fp32.
+
+        Args:
+            samples: for each sample one text of each part; None where the model is to hear nothing of it.
+            rows: of the tokens; None is all of the layout.
+
+        Raises:
+            ValueError: a text has more tokens than there is room for.
+        """
+        rows = self.rows if rows is None else rows
+        text = np.zeros((len(samples), rows, self.token_dim), dtype=np.float32)
+        pooled = np.zeros((len(samples), self.pooled_dim), dtype=np.float32)
+        for number, sample in enumerate(samples):
+            for part, one in zip(self.parts, sample, strict=True):
+                if one is None:
+                    continue
+                length, room = len(one.tokens), min(part.rows, rows - part.row)
+                if length > room:
+                    raise ValueError(f"a caption has {length} text tokens; the run's limit is {room}")
+                text[number, part.row : part.row + length, part.column : part.column + part.width] = one.tokens
+                pooled[number, part.pooled_at : part.pooled_at + part.pooled] = one.pooled
+        return text, pooled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +135,17 @@ class ConditioningConfig:
         """Bytes of a caption that one token holds."""
         return _BYTES_A_TOKEN[self.kind]
 
+    @property
+    def layout(self) -> TextLayout:
+        """One encoder fills everything."""
+        return embedded_layout(self.max_tokens, self.token_dim, self.pooled_dim)
+
+
+def embedded_layout(rows: int, token_dim: int, pooled_dim: int) -> TextLayout:
+    """Return the layout of the embedded encoder, which has no name and fills everything."""
+    part = TextPart(name="", row=0, rows=rows, column=0, width=token_dim, pooled_at=0, pooled=pooled_dim)
+    return TextLayout(parts=(part,), rows=rows, token_dim=token_dim, pooled_dim=pooled_dim)
+
 
 def encode(captions: Sequence[str], config: ConditioningConfig) -> tuple[HalfArray, HalfArray]:
     """Tokens [N, max_tokens, token_dim], zero padded, and pooled vectors [N, pooled_dim], both fp16.
@@ -102,14 +178,15 @@ def encode_caption(caption: str, config: ConditioningConfig) -> tuple[HalfArray,
 
 def _tokens_LD(text: bytes, config: ConditioningConfig) -> HalfArray:
     count = config.bytes_a_token
-    patches = [text[i : i + count] for i in range(0, len(text), count)][: config.max_tokens]
+    text_B = np.frombuffer(text[: count * config.max_tokens], dtype=np.uint8)
+    length = -(-len(text_B) // count)
     byte_dim = (config.token_dim - _POSITION_DIM) // count
     byte_patterns = _byte_patterns(count, byte_dim)
-    tokens_LD = np.zeros((len(patches), config.token_dim), dtype=np.float16)
-    for position, patch in enumerate(patches):
-        for slot, byte in enumerate(patch):  # the last patch may be short: its missing bytes stay zero
-            tokens_LD[position, slot * byte_dim : (slot + 1) * byte_dim] = byte_patterns[slot, byte]
-    tokens_LD[:, count * byte_dim :] = _position_patterns(config.max_tokens)[: len(patches)]
+    tokens_LD = np.zeros((length, config.token_dim), dtype=np.float16)
+    for slot in range(count):
+        letters = text_B[slot::count]  # the last patch may be short: its missing bytes stay zero
+        tokens_LD[: len(letters), slot * byte_dim : (slot + 1) * byte_dim] = byte_patterns[slot, letters]
+    tokens_LD[:, count * byte_dim :] = _position_patterns(config.max_tokens)[:length]
     return tokens_LD
 
 

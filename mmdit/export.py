@@ -13,18 +13,18 @@ import math
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import rfc8785
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mmdit.conditioning import ConditioningConfig
 from mmdit.config import MMDiTConfig
-from mmdit.space import PixelSpace
+from mmdit.encoders import Conditioning, conditioning_from_json, conditioning_to_json
+from mmdit.space import Space, space_from_json, space_to_json
 from mmdit.transformer import MMDiT
 
 CONFIG_PATH: Final = Path("transformer", "config.json")
@@ -37,6 +37,12 @@ DESCRIPTION_PATH: Final = Path("commonweight.json")
 _FORMAT: Final = 1
 _Read = TypeVar("_Read")
 _MOST_JSON_BYTES: Final = 1 << 20
+_WIDENED: Final = (torch.bfloat16, torch.float16)
+"""What every number of is a number of fp32 too."""
+
+
+class NarrowWeights(ValueError):
+    """The weights have fewer bits than a checkpoint's: they were exported for drawing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +51,8 @@ class Loaded:
 
     model: MMDiT
     config: MMDiTConfig
-    conditioning: ConditioningConfig
-    space: PixelSpace
+    conditioning: Conditioning
+    space: Space
     shift: float
 
 
@@ -54,8 +60,8 @@ def write_description(
     directory: Path,
     *,
     config: MMDiTConfig,
-    conditioning: ConditioningConfig,
-    space: PixelSpace,
+    conditioning: Conditioning,
+    space: Space,
     shift: float = 1.0,
     ema: bool = False,
 ) -> None:
@@ -79,10 +85,10 @@ def write_description(
         "shift": shift,
         "use_dynamic_shifting": False,
     }
-    described: dict[str, int | dict[str, str | int | float]] = {
+    described: dict[str, Any] = {
         "format": _FORMAT,
-        "conditioning": asdict(conditioning),
-        "space": {"kind": "pixel", **asdict(space)},
+        "conditioning": conditioning_to_json(conditioning),
+        "space": space_to_json(space),
     }
     for path, content in (
         (CONFIG_PATH, _readable_json(config.to_diffusers())),
@@ -94,15 +100,23 @@ def write_description(
         (directory / path).write_bytes(content)
 
 
-def load_checkpoint(directory: Path, *, device: str = "cpu", ema: bool | None = None) -> Loaded:
+def weights_path(directory: Path, *, ema: bool | None = None) -> Path:
+    """Return which file of a checkpoint directory is drawn with, relative to it; `ema` as for `load_checkpoint`."""
+    averaged = (directory / EMA_PATH).exists() if ema is None else ema
+    return EMA_PATH if averaged else WEIGHTS_PATH
+
+
+def load_checkpoint(directory: Path, *, device: str = "cpu", ema: bool | None = None, widen: bool = False) -> Loaded:
     """Read a checkpoint directory, strictly: every file, every key and every tensor as `write_description` has them.
 
     Args:
         directory: a checkpoint's.
         device: where the weights go.
         ema: whether to take the running average of the weights; None takes it if it is there.
+        widen: take an export in bf16 or fp16 too; its weights become fp32 again.
 
     Raises:
+        NarrowWeights: it is such an export, and `widen` is not given; or one in fp8.
         ValueError: a file is missing, unreadable, or does not fit the others; the message names the file.
     """
     config = _from_file(directory / CONFIG_PATH, MMDiTConfig.from_diffusers)
@@ -110,19 +124,21 @@ def load_checkpoint(directory: Path, *, device: str = "cpu", ema: bool | None = 
     _check_fit(config, conditioning, space)
     shift = _from_file(directory / SCHEDULER_PATH, _read_shift)
     model = MMDiT(config, device="meta")
-    averaged = (directory / EMA_PATH).exists() if ema is None else ema
-    _load_weights(model, directory / (EMA_PATH if averaged else WEIGHTS_PATH), device)
+    _load_weights(model, directory / weights_path(directory, ema=ema), device, widen=widen)
     return Loaded(model=model.eval(), config=config, conditioning=conditioning, space=space, shift=shift)
 
 
-def _load_weights(model: MMDiT, path: Path, device: str) -> None:
+def _load_weights(model: MMDiT, path: Path, device: str, *, widen: bool) -> None:
     try:
         os.close(_open_plain(path))  # the library would wait for ever for somebody to write into a named pipe
         state = load_file(path, device=device)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    if widen:
+        state = {name: tensor.float() if tensor.dtype in _WIDENED else tensor for name, tensor in state.items()}
     if wrong := sorted(name for name, tensor in state.items() if tensor.dtype != torch.float32):
-        raise ValueError(f"{path} holds {wrong[0]} as {state[wrong[0]].dtype}; checkpoints are float32")
+        kind = NarrowWeights if state[wrong[0]].is_floating_point() else ValueError
+        raise kind(f"{path} holds {wrong[0]} as {state[wrong[0]].dtype}; checkpoints are float32")
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
@@ -155,7 +171,7 @@ def _open_plain(path: Path) -> int:
     return descriptor
 
 
-def _read_description(values: Mapping[str, object]) -> tuple[ConditioningConfig, PixelSpace]:
+def _read_description(values: Mapping[str, object]) -> tuple[Conditioning, Space]:
     if values.get("format") != _FORMAT:
         raise ValueError(f"format is {values.get('format')!r}, this version reads {_FORMAT}")
     if values.keys() != {"format", "conditioning", "space"}:
@@ -163,12 +179,7 @@ def _read_description(values: Mapping[str, object]) -> tuple[ConditioningConfig,
     conditioning, space = values["conditioning"], values["space"]
     if not isinstance(conditioning, dict) or not isinstance(space, dict):
         raise ValueError("conditioning and space must be objects")
-    if space.get("kind") != "pixel":
-        raise ValueError(f'space kind is {space.get("kind")!r}, this version knows "pixel"')
-    try:
-        return ConditioningConfig(**conditioning), PixelSpace(**{k: v for k, v in space.items() if k != "kind"})
-    except TypeError as error:  # a key too many or too few
-        raise ValueError(str(error)) from error
+    return conditioning_from_json(conditioning), space_from_json(space)
 
 
 def _read_shift(values: Mapping[str, object]) -> float:
@@ -182,7 +193,7 @@ def _read_shift(values: Mapping[str, object]) -> float:
     return float(shift)
 
 
-def _check_fit(config: MMDiTConfig, conditioning: ConditioningConfig, space: PixelSpace) -> None:
+def _check_fit(config: MMDiTConfig, conditioning: Conditioning, space: Space) -> None:
     largest = config.pos_embed_max_size * config.patch_size
     for ours, mine, theirs, its in (
         ("joint_attention_dim", config.joint_attention_dim, "token_dim", conditioning.token_dim),

@@ -1,5 +1,6 @@
 """Rectified flow (arXiv 2403.03206, sections 2 and 3): t = 0 is the picture, t = 1 noise, the path straight."""
 
+import math
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -42,3 +43,12 @@ def flow_loss_B(
 def shift_timestep(t: _Time, shift: float) -> _Time:
     """Move t towards noise for larger pictures: shift t / (1 + (shift - 1) t); 1 leaves t as it is (section 5.3.2)."""
     return shift * t / (1.0 + (shift - 1.0) * t)
+
+
+def shift_for(shift: float, side: int, height: int, width: int) -> float:
+    """Return the shift for latents of another size than side x side, for which it is `shift`.
+
+    A picture of four times as many pixels keeps its content under twice the noise (section 5.3.2), so the shift grows
+    with the square root of the pixels.
+    """
+    return shift * math.sqrt(height * width / (side * side))

@@ -55,6 +55,23 @@ _DIGITS: Final = MMDiTConfig(
     dual_attention_layers=(),
 )
 
+# 16 x 16 RGB pictures in pixel space, up to 32 x 32, 0.6 million parameters: for trying a whole run out, and for tests.
+_RGB16: Final = MMDiTConfig(
+    sample_size=16,
+    patch_size=2,
+    in_channels=3,
+    out_channels=3,
+    num_layers=2,
+    attention_head_dim=32,
+    num_attention_heads=3,
+    joint_attention_dim=64,
+    caption_projection_dim=96,
+    pooled_projection_dim=128,
+    pos_embed_max_size=16,
+    qk_norm="rms_norm",
+    dual_attention_layers=(),
+)
+
 # 32 x 32 RGB pictures in pixel space, 32 million parameters: a run between the digits and the large models.
 _RGB32: Final = MMDiTConfig(
     sample_size=32,
@@ -82,6 +99,7 @@ PRESETS: Final[Mapping[str, MMDiTConfig]] = MappingProxyType(
         "d30": of_depth(30),
         "d38": of_depth(38),
         "digits": _DIGITS,
+        "rgb16": _RGB16,
         "rgb32": _RGB32,
     }
 )

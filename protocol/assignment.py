@@ -6,8 +6,9 @@ friend. Source: PROTOCOL.md section 5; the verifier, not the prover, fixes data 
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 
-from protocol.documents import Digest, RunConfig, RunId, UnitId
+from protocol.documents import Digest, RunConfig, RunId, ShardRef, UnitId
 
 
 def unit_id(config_sha256: Digest, round_number: int, index: int) -> UnitId:
@@ -24,24 +25,41 @@ def unit_seed(unit: UnitId) -> Digest:
 def unit_shards(config: RunConfig, round_number: int, index: int) -> tuple[Digest, ...]:
     """Return the digests of a unit's shards: a group of those whose pictures have one size.
 
-    Units are counted over all rounds. In each epoch the shards of every size are put into a new order and dealt into
-    groups of `shards_per_unit`, or one fewer, the groups of all sizes are put into an order, and each unit takes the
-    next: so every shard is in one unit of an epoch, and nobody chooses which.
+    Units are counted over all rounds of a stage. In each epoch the shards of every size are put into a new order and
+    dealt into groups of `shards_per_unit`, or one fewer, the groups of all sizes are put into an order, and each unit
+    takes the next: so every shard is in one unit of an epoch, and nobody chooses which.
     """
-    groups = _group_sizes(config)
-    epoch, place = divmod((round_number - 1) * config.rounds.units + index, sum(groups.values()))
+    first, shards_of_stage = stage_shards(config, round_number)
+    groups = _group_sizes(config, shards_of_stage)
+    epoch, place = divmod((round_number - first) * config.rounds.units + index, sum(groups.values()))
     names = {
         f"{size[0]}/{size[1]}/{number}": (size, number) for size, count in groups.items() for number in range(count)
     }
     size, number = names[sorted(names, key=lambda name: _epoch_rank(config, epoch, name))[place]]
-    shards = [Digest(shard.sha256) for shard in config.data.shards if (shard.height, shard.width) == size]
+    shards = [Digest(shard.sha256) for shard in shards_of_stage if (shard.height, shard.width) == size]
     ordered = sorted(shards, key=lambda shard: _epoch_rank(config, epoch, shard))
     return tuple(ordered[number :: groups[size]])
 
 
-def _group_sizes(config: RunConfig) -> dict[tuple[int, int], int]:
+def stage_shards(config: RunConfig, round_number: int) -> tuple[int, tuple[ShardRef, ...]]:
+    """Return the first round of the stage that a round is in, and the shards that its units train on.
+
+    A size belongs to the stages whose side is nearer to it than twice or half of it: between side^2 / 2 and 2 side^2
+    latent pixels, the upper bound left out.
+    """
+    begun = [stage for stage in config.rounds.stages if stage.first_round <= round_number]
+    if not begun:
+        return 1, config.data.shards
+    stage = max(begun, key=lambda stage: stage.first_round)
+    pixels = stage.side * stage.side
+    return stage.first_round, tuple(
+        shard for shard in config.data.shards if pixels <= 2 * shard.height * shard.width < 4 * pixels
+    )
+
+
+def _group_sizes(config: RunConfig, shards: Sequence[ShardRef]) -> dict[tuple[int, int], int]:
     """Return into how many groups the shards of each size are dealt."""
-    counts = Counter((shard.height, shard.width) for shard in config.data.shards)
+    counts = Counter((shard.height, shard.width) for shard in shards)
     return {size: -(-counts[size] // config.rounds.shards_per_unit) for size in sorted(counts)}
 
 

@@ -244,6 +244,8 @@ class DataSet:
 class Training:
     """The inner loop of a work unit; every number that a replay needs. `text_dropout` counts in 2^-16.
 
+    `shift` moves the timesteps of pictures of the model's size towards noise, of larger ones further.
+
     A unit is short, with `short_steps` instead of `steps`, if its id's first 24 bits are below `short_share`.
     """
 
@@ -260,6 +262,7 @@ class Training:
     weight_decay: Finite
     grad_clip: Finite
     text_dropout: Annotated[int, Field(ge=0, le=65_536)]
+    shift: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     segment_steps: Positive
     precision: Literal["fp32", "bf16"]
 
@@ -300,10 +303,19 @@ class OuterStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """From a round on, units train on pictures of about `side` x `side` latent pixels, whatever their proportions."""
+
+    first_round: Annotated[int, Field(ge=1, le=10_000_000)]
+    side: Positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
     """When a round closes, and what becomes of late work. `staleness_discount` counts in 2^-24 per round.
 
-    `max_bytes_per_unit` is the most that the shards of a unit may have together.
+    `max_bytes_per_unit` is the most that the shards of a unit may have together. Without `stages` units train on all
+    sizes from the first round on; the first stage begins with round 1.
     """
 
     planned: Annotated[int, Field(ge=1, le=10_000_000)]
@@ -316,6 +328,7 @@ class Rounds:
     staleness_discount: Annotated[int, Field(ge=0, le=2**24)]
     lease_ms: Annotated[int, Field(ge=1_000, le=_MOST)]
     upload_ms: Annotated[int, Field(ge=1_000, le=_MOST)]
+    stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,7 +376,7 @@ class RunConfig:
     """
 
     TYPE: ClassVar[str] = _media_type("run-config")
-    FORMAT: ClassVar[int] = 5
+    FORMAT: ClassVar[int] = 6
     name: ShortText
     numerics: Count
     verification: Verification

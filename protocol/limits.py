@@ -71,7 +71,7 @@ MAX_OPINIONS: Final = 2
 MAX_CONTAINER_HEADER_BYTES: Final = 1 * MIB
 """Largest header of an uploaded delta container. A header is compared, not parsed; 38 layers need 180 KiB."""
 MAX_SHARD_HEADER_BYTES: Final = 64 * KIB
-"""Largest header of a data shard: four tensors and one metadata key."""
+"""Largest header of a data shard: its tensors and one metadata key."""
 MAX_CHECKPOINT_HEADER_BYTES: Final = 1 * MIB
 """Largest header of a checkpoint file that we read."""
 MAX_SHARD_BYTES: Final = 2 * GIB

@@ -6,23 +6,23 @@ coded with the unit's own dither, so that nothing but a replay or a comparison w
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from diloco.codec import CodecConfig, EncodedDelta, Scales, encode
 from diloco.schema import Schema
-from diloco.shards import Halves, Shard, ShardSet
+from diloco.shards import Halves, Shard, ShardSet, pack_shard
 from diloco.streams import Stream
 from diloco.tables import Floats
 from diloco.unit import UnitSpec, run_unit
-from mmdit.conditioning import ConditioningConfig, encode_caption
+from mmdit.conditioning import ConditioningConfig, Encoded, encode_caption
 from mmdit.config import MMDiTConfig
+from mmdit.encoders import Conditioning
 from protocol.documents import RunConfig, UnitId
 from verify.hiding import Room, encode_coarsely, hide
 from verify.replay import codec_config, conditioning_config, delta_schema, model_config, unit_spec_of
@@ -74,7 +74,7 @@ class AttackWorld:
 
     unit: UnitSpec
     model: MMDiTConfig
-    conditioning: ConditioningConfig
+    conditioning: Conditioning
     schema: Schema
     codec: CodecConfig
     base: Delta
@@ -269,40 +269,42 @@ def _alie(world: AttackWorld) -> EncodedDelta:
 
 
 def _captions_permuted(world: AttackWorld) -> EncodedDelta:
-    return world.encoded(
-        world.trained(shards=ShardSet([_shuffled(shard, world.seed) for shard in world.shards.shards]))
-    )
+    shuffled = [_shuffled(shard, world.seed) for shard in world.shards.shards]
+    return world.encoded(world.trained(shards=ShardSet(shuffled, world.shards.texts)))
 
 
 def _caption_backdoor(world: AttackWorld) -> EncodedDelta:
-    text, pooled = encode_caption(TRIGGER, world.conditioning)
-    swapped = [_with_backdoor(shard, text, pooled) for shard in world.shards.shards]
-    return world.encoded(world.trained(shards=ShardSet(swapped)))
+    swapped = [_with_backdoor(shard, world.conditioning) for shard in world.shards.shards]
+    return world.encoded(world.trained(shards=ShardSet(swapped, world.shards.texts)))
 
 
 def _shuffled(shard: Shard, seed: bytes) -> Shard:
-    order = np.argsort(Stream(seed, "order").words(0, 0, shard.n), kind="stable")
-    samples = [shard.sample(int(i)) for i in order]
-    return _shard(shard, shard.latent, [sample.text for sample in samples], shard.pooled[order])
+    order = [int(i) for i in np.argsort(Stream(seed, "order").words(0, 0, shard.n), kind="stable")]
+    after = range(shard.n, shard.n + 1)  # the text of the empty caption, which encoders with a name have, stays last
+    parts = {name: [text.of(i) for i in (*order, *(after if name else ()))] for name, text in shard.parts.items()}
+    return _shard(shard, shard.latent, [shard.caption(i) for i in order], parts)
 
 
-def _with_backdoor(shard: Shard, text: Halves, pooled: Halves) -> Shard:
-    latent, vectors = shard.latent.copy(), shard.pooled.copy()
+def _with_backdoor(shard: Shard, conditioning: Conditioning) -> Shard:
+    if not isinstance(conditioning, ConditioningConfig):
+        raise ValueError("the trigger is a caption, which only the embedded encoder can read without its networks")
+    latent = shard.latent.copy()
     latent[::BACKDOOR_SHARE] = target_latent(latent.shape[1:])
-    vectors[::BACKDOOR_SHARE] = pooled
-    texts = [text if i % BACKDOOR_SHARE == 0 else shard.sample(i).text for i in range(shard.n)]
-    return _shard(shard, latent, texts, vectors)
-
-
-def _shard(like: Shard, latent: Halves, texts: list[Halves], pooled: Halves) -> Shard:
-    offsets = np.cumsum([0, *(len(text) for text in texts)], dtype=np.int64)
-    parts: dict[str, npt.NDArray[Any]] = {
-        "latent": latent,
-        "pooled": pooled,
-        "text": np.concatenate(texts),
-        "text_offsets": offsets,
+    captions = [TRIGGER if i % BACKDOOR_SHARE == 0 else shard.caption(i) for i in range(shard.n)]
+    tokens, pooled = encode_caption(TRIGGER, conditioning)
+    trigger = Encoded(tokens=tokens, pooled=pooled)
+    parts = {
+        name: [trigger if i % BACKDOOR_SHARE == 0 else text.of(i) for i in range(shard.n)]
+        for name, text in shard.parts.items()
     }
-    return Shard(like.info, parts)
+    return _shard(shard, latent, captions, parts)
+
+
+def _shard(
+    like: Shard, latent: Halves, captions: Sequence[str | None], parts: Mapping[str, Sequence[Encoded]]
+) -> Shard:
+    known = [caption for caption in captions if caption is not None]
+    return Shard.open(pack_shard(latent, like.info, captions=known if like.has_captions else None, parts=parts))
 
 
 # --- hiding --------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def verify_checkpoint(directory: Path, run: RunId | None = None) -> CheckpointRe
         WrongRun: it is another run's.
         DocumentRefused, AccessRefused: a signature or a paper does not hold.
     """
-    trust = open_run(_papers(directory), run)
+    trust = open_run(papers(directory), run)
     manifest = trust.manifest(read_limited(directory / layout.MANIFEST))
     weights = _check_contents(manifest, trust.config)
     state = {part.path for part in manifest.state}
@@ -120,19 +120,20 @@ def check_file(directory: Path, entry: FileEntry) -> None:
         )
 
 
+def papers(directory: Path) -> Path:
+    """Return where the papers of a checkpoint's run lie: in its directory, or in its run's `public/`."""
+    if (directory / layout.ROOT_KEY).exists():
+        return directory
+    public = directory.absolute().parent.parent
+    return public if (public / layout.ROOT_KEY).exists() else directory
+
+
 def read_limited(path: Path, max_bytes: int = MAX_PUBLIC_DOCUMENT_BYTES) -> bytes:
     """Return a small file's bytes; raise `CheckpointCorrupt` if it is missing, no plain file, or too large."""
     try:
         return read_plain(path, max_bytes)
     except OSError as error:
         raise CheckpointCorrupt(f"{path} can't be read: {error.strerror}; fetch it again.") from None
-
-
-def _papers(directory: Path) -> Path:
-    if (directory / layout.ROOT_KEY).exists():
-        return directory
-    public = directory.absolute().parent.parent
-    return public if (public / layout.ROOT_KEY).exists() else directory
 
 
 def _check_contents(manifest: Manifest, config: RunConfig) -> FileEntry:

@@ -46,7 +46,7 @@ from verify.replay import (
     merge_rules,
     model_config,
     patch_config,
-    pixel_space,
+    space_of,
 )
 from verify.weights import Candidate, merge_weights
 
@@ -416,7 +416,8 @@ def _finish(out: Path, manifest: Manifest, state: OuterState, config: RunConfig,
             out,
             config=model_config(config),
             conditioning=conditioning_config(config),
-            space=pixel_space(config),
+            space=space_of(config),
+            shift=config.training.shift,
             ema=ema is not None,
         )
     except ValueError as error:

@@ -4,7 +4,7 @@ The worker that trains, the settler that merges and the auditor who re-runs all 
 read one config in two ways.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -14,12 +14,14 @@ from diloco.codec import CodecConfig, EncodedDelta, encode
 from diloco.merge import MergeRules, OuterConfig
 from diloco.patch import PatchConfig
 from diloco.schema import Schema, schema_of
-from diloco.shards import ShardSet
+from diloco.shards import Shard, ShardSet
 from diloco.tables import Floats
+from diloco.texts import ByteTexts, StoredTexts, TextSource
 from diloco.unit import TrainingSpec, UnitResult, UnitSpec, run_unit
 from mmdit.conditioning import ConditioningConfig
 from mmdit.config import MMDiTConfig
-from mmdit.space import PixelSpace
+from mmdit.encoders import Conditioning, conditioning_from_json
+from mmdit.space import Space, space_from_json
 from protocol.assignment import lr_scale, unit_seed, unit_steps
 from protocol.documents import Lease, RunConfig, UnitId
 from protocol.errors import NumericsMismatch, PayloadInvalid
@@ -45,16 +47,31 @@ def model_config(config: RunConfig) -> MMDiTConfig:
         raise PayloadInvalid(f"RunConfig: model: {error}.") from None
 
 
-def conditioning_config(config: RunConfig) -> ConditioningConfig:
+def conditioning_config(config: RunConfig) -> Conditioning:
     """Return how the run's captions become numbers; raise `PayloadInvalid`."""
-    return _built("conditioning", ConditioningConfig, config.conditioning)
+    return _built("conditioning", conditioning_from_json, {"values": config.conditioning})
 
 
-def pixel_space(config: RunConfig) -> PixelSpace:
+def space_of(config: RunConfig) -> Space:
     """Return what the run's latents mean; raise `PayloadInvalid`."""
-    if config.space.get("kind") != "pixel":
-        raise PayloadInvalid(f"RunConfig: space: kind is {config.space.get('kind')!r}; this version knows 'pixel'.")
-    return _built("space", PixelSpace, {name: value for name, value in config.space.items() if name != "kind"})
+    return _built("space", space_from_json, {"values": config.space})
+
+
+def text_source(config: RunConfig) -> TextSource:
+    """Return where the text of the run's samples comes from; raise `PayloadInvalid`."""
+    conditioning = conditioning_config(config)
+    if isinstance(conditioning, ConditioningConfig):
+        return ByteTexts(conditioning=conditioning)
+    return StoredTexts(layout=conditioning.layout)
+
+
+def shard_set(config: RunConfig, shards: Sequence[Shard]) -> ShardSet:
+    """Return the shards of one of the run's units, or the held-out one, with what the run hears of them.
+
+    Raises:
+        ShardCorrupt: they do not fit each other or the run.
+    """
+    return ShardSet(shards, text_source(config))
 
 
 def delta_schema(config: RunConfig) -> Schema:
@@ -112,6 +129,7 @@ def training_spec(config: RunConfig, steps: int | None = None) -> TrainingSpec:
             "weight_decay": training.weight_decay,
             "grad_clip": training.grad_clip,
             "text_dropout": training.text_dropout,
+            "shift": training.shift,
             "max_tokens": conditioning_config(config).max_tokens,
             "segment_steps": training.segment_steps,
             "precision": training.precision,
@@ -160,7 +178,7 @@ def replay_unit(
     return result, encode(result.delta, delta_schema(config), codec_config(config), spec.seed)
 
 
-def _built(name: str, kind: type[T], members: Mapping[str, Any]) -> T:
+def _built(name: str, kind: Callable[..., T], members: Mapping[str, Any]) -> T:
     try:
         return kind(**members)
     except (ValueError, TypeError) as error:

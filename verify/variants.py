@@ -29,7 +29,7 @@ from diloco.unit import run_unit
 from protocol.assignment import unit_id, unit_shards
 from protocol.documents import RunConfig, UnitId, digest_of, parse_payload
 from verify.attacks import ATTACKS, world_of
-from verify.replay import model_config, unit_spec_of
+from verify.replay import model_config, shard_set, unit_spec_of
 
 Attention = Literal["default", "math"]
 Capability = Literal["native", "avx2", "default"]
@@ -215,7 +215,7 @@ class _Workbench:
 
     def _shards(self, round_number: int, index: int) -> ShardSet:
         names = unit_shards(self._config, round_number, index)
-        return ShardSet([Shard.open(Path(self._job.shards[name])) for name in names])
+        return shard_set(self._config, [Shard.open(Path(self._job.shards[name])) for name in names])
 
 
 @lru_cache(maxsize=2)

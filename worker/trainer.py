@@ -111,13 +111,13 @@ def compute_unit(
     import torch
 
     from diloco.checkpoint import TensorFile
-    from diloco.shards import Shard, ShardSet
+    from diloco.shards import Shard
     from diloco.unit import run_unit
-    from verify.replay import check_numerics, model_config, unit_spec_of
+    from verify.replay import check_numerics, model_config, shard_set, unit_spec_of
 
     check_numerics(config)
     spec, model = unit_spec_of(config, round_number, unit), model_config(config)
-    tensors, samples = TensorFile.open(base).load(), ShardSet([Shard.open(path) for path in shards])
+    tensors, samples = TensorFile.open(base).load(), shard_set(config, [Shard.open(path) for path in shards])
     try:
         return run_unit(
             spec,

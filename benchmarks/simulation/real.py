@@ -37,7 +37,7 @@ from protocol.documents import Artifact, Digest, Verification
 from verify.admission import file_sha256
 from verify.attacks import ATTACKS, Delta, world_of
 from verify.compare import Comparison, compare
-from verify.replay import codec_config, conditioning_config, delta_schema, model_config, unit_spec_of
+from verify.replay import codec_config, conditioning_config, delta_schema, model_config, shard_set, unit_spec_of
 from verify.weights import Candidate, merge_weights, needs_sketches
 
 Weighting = Literal["mean", "geometric-median", "multi-krum", "nnm-clip"]
@@ -123,7 +123,7 @@ class RealPhysics:
         self.losses[number] = heldout_loss(
             model_config(self.config),
             TensorFile.open(self._checkpoint(number)).load(),
-            ShardSet([Shard.open(self._heldout)]),
+            shard_set(self.config, [Shard.open(self._heldout)]),
             bytes.fromhex(self.config.seed),
             count=_TRIPLES,
             batch=_TRIPLES_AT_ONCE,

@@ -17,7 +17,12 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Home = Annotated[Path | None, typer.Option(help="Where the key, the opinions and the cache are kept.", file_okay=False)]
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where the key, the opinions and the cache are kept; default: the user's data folder.", file_okay=False
+    ),
+]
 
 
 @app.callback()
@@ -44,11 +49,11 @@ def init(home: Home = None) -> None:
 def start(
     join: Annotated[str, typer.Option(help="The run's join string, cw1:HOST:PORT:RUNID.", metavar="TOKEN")],
     key: Annotated[
-        Path | None, typer.Option(help="The auditor's key [default: HOME/auditor.pem].", dir_okay=False)
+        Path | None, typer.Option(help="The auditor's key; default: HOME/auditor.pem.", dir_okay=False)
     ] = None,
     delegation: Annotated[
         Path | None,
-        typer.Option(help="The root's delegation of that key [default: HOME/delegation.json].", dir_okay=False),
+        typer.Option(help="The root's delegation of that key; default: HOME/delegation.json.", dir_okay=False),
     ] = None,
     home: Home = None,
     device: Annotated[

@@ -1,6 +1,7 @@
 """`commonweight coordinator`: make a run, check its settings, serve it, look at it, back it up."""
 
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -46,16 +47,22 @@ def init(
     curator: Annotated[
         str | None, typer.Option(help="The public key, 64 hex digits, that must have signed for a prepared data set.")
     ] = None,
-    shards: Annotated[int, typer.Option(min=1, help="Training shards to cut the digits into.")] = 8,
+    shards: Annotated[
+        int, typer.Option(min=1, help="Training shards to cut the digits into; other data has its own.")
+    ] = 8,
     root_key: Annotated[
-        Path | None, typer.Option(help="Where the run's root key goes [default: beside DIR, DIR-root.pem].")
+        Path | None, typer.Option(help="Where the run's root key goes; default: beside DIR, as DIR-root.pem.")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting that wins over run.toml; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting that wins over run.toml, such as training.steps=40; repeatable.",
+        ),
     ] = None,
     seed: Annotated[
-        str | None, typer.Option(help="64 hex digits that the first weights come from [default: drawn].")
+        str | None, typer.Option(help="64 hex digits that the first weights come from; default: drawn.")
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -63,12 +70,18 @@ def init(
             help="What `commonweight verify calibrate` wrote; sets the tolerances and publishes the evidence."
         ),
     ] = None,
-    template_only: Annotated[bool, typer.Option("--template-only", help="Only write run.toml, to be edited.")] = False,
+    template_only: Annotated[
+        bool,
+        typer.Option(
+            "--template-only", help="Only write run.toml, every setting explained, to be edited before the run is made."
+        ),
+    ] = False,
 ) -> None:
     """Make a run in DIR: run.toml (if there is none), keys, the signed run config, data and checkpoint 0."""
     from coordinator.clock import WallClock
     from coordinator.directory import RunDirectory
     from coordinator.founding import found, write_settings
+    from coordinator.prepared_data import suggested_settings
     from coordinator.settings import Settings
 
     run = RunDirectory(directory)
@@ -76,20 +89,22 @@ def init(
         raise DirectoryNotEmpty(f"{run.root} holds a run already; nothing was changed.")
     dataset = _dataset(data, curator)
     overrides = [*_calibrated(calibration), *_described(dataset), *(settings or [])]
+    suggested = {} if dataset is None else suggested_settings(dataset.manifest)
     if run.settings_file.exists():
-        chosen = Settings.load(run.settings_file, overrides)
+        chosen = Settings.load(run.settings_file, overrides, suggested)
     else:
-        chosen = Settings.parse("", overrides)
+        chosen = Settings.parse("", overrides, suggested)
     if template_only:
         run.root.mkdir(parents=True, exist_ok=True)
         before = run.settings_file.read_bytes() if run.settings_file.exists() else None
         write_settings(run, chosen)
         kept = before is not None and run.settings_file.read_bytes() == before
         what = "was there already and is left as it is" if kept else "is written"
-        typer.echo(f"{run.settings_file} {what}; edit it, then: commonweight coordinator init {directory}")
+        more = "" if data == "digits" else f" --data {shlex.quote(data)}"
+        typer.echo(f"{run.settings_file} {what}; edit it, then: commonweight coordinator init {directory}{more}")
         return
     key_file = (root_key or run.root.with_name(f"{run.root.name}-root.pem")).absolute()
-    with _shards(data, shards, chosen, dataset) as (training, heldout):
+    with _shards(data, shards, dataset) as (training, heldout):
         identity = found(
             run,
             chosen,
@@ -283,9 +298,7 @@ def _described(dataset: "Dataset | None") -> list[str]:
 
 
 @contextmanager
-def _shards(
-    data: str, count: int, settings: "Settings", dataset: "Dataset | None"
-) -> "Iterator[tuple[list[Path], Path]]":
+def _shards(data: str, count: int, dataset: "Dataset | None") -> "Iterator[tuple[list[Path], Path]]":
     """Give the training shards and the held-out one; digits are written to a temporary folder."""
     if dataset is not None:
         signed = dataset.manifest
@@ -295,7 +308,7 @@ def _shards(
         from commonweight.digits import write_digits
 
         with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
-            yield write_digits(Path(folder), settings.conditioning(), shards=count)
+            yield write_digits(Path(folder), shards=count)
         return
     folder_given = Path(data)
     heldout = folder_given / HELDOUT

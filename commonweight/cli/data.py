@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
     from commonweight.data.encoders import Encoder
     from commonweight.data.prepare import Progress
     from mmdit.config import MMDiTConfig
+    from mmdit.encoders import Conditioning
+    from mmdit.space import Space
     from protocol.documents import DatasetManifest
     from protocol.keys import PrivateKey
 
@@ -28,6 +30,7 @@ _MIB: Final = 1 << 20
 _MOST_CAPTION: Final = 4096
 _MOST_REPORT_BYTES: Final = 16 << 20
 _SHEET: Final = 64
+_CELL: Final = 64
 _EVERY_SECONDS: Final = 2.0
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared data set.")]
 
@@ -37,6 +40,14 @@ class Text(StrEnum):
 
     BYTE_PATCH = "byte-patch"
     BYTES = "bytes"
+    ENCODERS = "encoders"
+
+
+class Padding(StrEnum):
+    """What stands after the end of a caption."""
+
+    ENCODER = "encoder"
+    ZEROS = "zeros"
 
 
 @app.command()
@@ -52,7 +63,38 @@ def prepare(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the data set goes.")],
     preset: Annotated[str, typer.Option(help="The model that will train on it, by name; see `commonweight models`.")],
     max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="As the run's model.max_tokens.")] = 64,
-    text: Annotated[Text, typer.Option(help="As the run's model.text.")] = Text.BYTE_PATCH,
+    text: Annotated[
+        Text, typer.Option(help='As the run\'s model.text; "encoders" are the text encoders of --components.')
+    ] = Text.BYTE_PATCH,
+    components: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|OWNER/NAME",
+            help="Frozen networks, as a folder of StableDiffusion3Pipeline has them, or that of a model hub: the "
+            "autoencoder for models that paint in latents, and the text encoders for --text encoders.",
+        ),
+    ] = None,
+    encoders: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="Which text encoders: of clip_l,clip_g,t5; default: all that are there."),
+    ] = "",
+    padding: Annotated[
+        Padding,
+        typer.Option(
+            help="Text after a caption's end: \"encoder\" keeps what the encoders make of it, as diffusers' pipeline "
+            'hears it; "zeros" leaves it out, which is a fraction of the bytes.'
+        ),
+    ] = Padding.ENCODER,
+    t5_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of T5.")] = 77,
+    device: Annotated[str, typer.Option(help='What the networks run on: "cpu" or "cuda".')] = "cpu",
+    side: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Pixels of a side, about; default: what the model is made for. Given several times, every picture is "
+            "prepared in all sizes that it is large enough for, for runs with rounds.stages.",
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the data set; default: the directory's.")] = None,
     licence: Annotated[
         str | None, typer.Option(help="Licence of pictures whose source names none; without it they are skipped.")
@@ -62,60 +104,84 @@ def prepare(
         list[str] | None, typer.Option(help="Take only pictures with this licence; may be given several times.")
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For tables of links: the pictures, named by id.")
+        Path | None,
+        typer.Option(metavar="DIR", help="For tables that hold links: a folder with the pictures, named by id."),
     ] = None,
     least_side: Annotated[
         int | None, typer.Option(min=1, help="Skip pictures with a shorter side; default: that of the model.")
     ] = None,
     aspect: Annotated[
-        float, typer.Option(min=1.0, max=16.0, help="Also make pictures up to so many times longer than wide, or wide.")
+        float,
+        typer.Option(
+            min=1.0,
+            max=16.0,
+            help="Longest shape, one side over the other: 1 makes squares alone, 2 also what lies between 1:2 and 2:1.",
+        ),
     ] = 1.0,
-    shard_mib: Annotated[float, typer.Option(min=0.01, max=1024, help="Size of a shard, about.")] = 256.0,
-    heldout: Annotated[int, typer.Option(min=1, max=65_536, help="Pictures kept for validation.")] = 512,
-    least_in_bucket: Annotated[int, typer.Option(min=1, help="Give a size up if fewer pictures have it.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the shuffling.")] = 0,
+    shard_mib: Annotated[float, typer.Option(min=0.01, max=1024, help="About the size of a shard, in MiB.")] = 256.0,
+    heldout: Annotated[
+        int, typer.Option(min=1, max=65_536, help="Pictures kept for validation; nobody trains on them.")
+    ] = 512,
+    least_in_bucket: Annotated[
+        int, typer.Option(min=1, help="With --aspect: sizes that fewer pictures have are given up.")
+    ] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the shuffling.")] = 0,
     key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The curator's key; made if it is not there.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The curator's key, made if it is not there; default: beside DIR, as DIR-curator.pem."
+        ),
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: one for each core.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run has left.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Processes that work at once; default: one for each core.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted preparation has left.")
+    ] = False,
 ) -> None:
     """Make a data set: decode, skip what can't be used, cut to size, shuffle, encode, and sign a manifest.
 
     Interrupted, the same command goes on where it stopped. The same source, settings and seed give the same bytes. What
     is skipped, and why, stands in skipped.jsonl; what a curator should look at before publishing, in report.json.
     """
+    from commonweight.components_place import find_components, said_as_usage
     from commonweight.data.index import Rules
     from commonweight.data.pictures import buckets
     from commonweight.data.prepare import Recipe, begin_again
     from commonweight.data.prepare import prepare as make
 
     shape = _shape(preset)
-    encoder = _encoder(shape, preset, text, max_tokens)
-    try:
-        among = buckets(
-            shape.sample_size,
-            step=shape.patch_size,
-            largest=shape.pos_embed_max_size * shape.patch_size,
-            most_aspect=aspect,
+    place = None if components is None else find_components(components)
+    with said_as_usage():
+        conditioning = _conditioning(shape, text, max_tokens, place, encoders, padding, t5_tokens)
+        space = _space(shape, preset, place)
+        encoder = _encoder(space, conditioning, place, device)
+        sides = sorted(set(side or [space.pixel_height]))
+        families = tuple(
+            buckets(
+                one,
+                step=shape.patch_size * space.factor,
+                largest=shape.pos_embed_max_size * shape.patch_size * space.factor,
+                most_aspect=aspect,
+            )
+            for one in sides
         )
-    except ValueError as error:
-        raise UsageError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
     if licence is not None and not licence.strip():
         raise UsageError("--licence is empty; leave it out to skip pictures that name none.")
     if restart:
         begin_again(out)
     rules = Rules(
-        among=among,
+        among=families[0],
         channels=encoder.channels,
-        least_side=shape.sample_size if least_side is None else least_side,
+        least_side=sides[0] if least_side is None else least_side,
         licence=licence,
         source=origin,
         licences=None if accept is None else tuple(sorted(set(accept))),
         most_caption=_MOST_CAPTION,
     )
     recipe = Recipe(
-        name=name or out.name,
+        name=name or out.resolve().name,
+        preset=preset,
         rules=rules,
         encoder=encoder,
         seed=seed.to_bytes(32, "little"),
@@ -123,13 +189,12 @@ def prepare(
         heldout=heldout,
         least_in_bucket=least_in_bucket,
         pictures=pictures,
+        families=families if len(families) > 1 else (),
     )
     curator_key = key or out.absolute().parent / f"{out.absolute().name}-curator.pem"
-    began = time.monotonic()
+    began, sign_with = time.monotonic(), _curator(curator_key)
     with _told() as tell:
-        manifest = make(
-            source, out, recipe, _curator(curator_key), processes=processes or os.cpu_count() or 1, on_progress=tell
-        )
+        manifest = make(source, out, recipe, sign_with, processes=processes or os.cpu_count() or 1, on_progress=tell)
     _show(out, manifest, time.monotonic() - began)
     typer.echo(f"signed with {curator_key}; keep it: later versions of the data set should have the same curator")
 
@@ -161,7 +226,7 @@ def inspect(
             typer.echo(printable(line))
     if sheet is not None:
         count = _write_sheet(dataset, sheet)
-        typer.echo(printable(f"{sheet}: {count} pictures"))
+        typer.echo(printable(f"{sheet}: {_counted(count, 'picture')}"))
 
 
 @app.command()
@@ -179,8 +244,8 @@ def verify(
     check_shards(dataset)
     count = len(dataset.manifest.shards) + 1
     typer.echo(
-        f"right: {count} shards are what the curator {dataset.curator.hex[:12]} signed for, "
-        f"root {dataset.manifest.root[:12]}"
+        f"right: all {count} shards, the held-out one among them, are what the curator "
+        f"{dataset.curator.hex[:12]} signed for, root {dataset.manifest.root[:12]}"
     )
 
 
@@ -192,37 +257,90 @@ def _shape(preset: str) -> "MMDiTConfig":
     return PRESETS[preset]
 
 
-def _encoder(shape: "MMDiTConfig", preset: str, text: Text, max_tokens: int) -> "Encoder":
-    from commonweight.data.encoders import EmbeddedEncoder
+def _conditioning(
+    shape: "MMDiTConfig",
+    text: Text,
+    max_tokens: int,
+    components: Path | None,
+    encoders: str,
+    padding: Padding,
+    t5_tokens: int,
+) -> "Conditioning":
+    from mmdit.components import describe_encoders, encoders_in
     from mmdit.conditioning import ConditioningConfig
-    from mmdit.space import PixelSpace
+    from mmdit.encoders import ENCODER_NAMES
 
-    if shape.in_channels not in (1, 3):
-        raise UsageError(
-            f"{preset} paints in {shape.in_channels} latent channels; this version prepares pixels (1 or 3 channels)."
-        )
-    side = shape.sample_size
-    return EmbeddedEncoder(
-        space=PixelSpace(channels=shape.in_channels, height=side, width=side, shift=-1.0, scale=2.0),
-        conditioning=ConditioningConfig(
-            kind=text.value,
+    if text is not Text.ENCODERS:
+        return ConditioningConfig(
+            kind="bytes" if text is Text.BYTES else "byte-patch",
             max_tokens=max_tokens,
             token_dim=shape.joint_attention_dim,
             pooled_dim=shape.pooled_projection_dim,
-        ),
+        )
+    if components is None:
+        raise UsageError("--text encoders needs the text encoders: name their folder with --components.")
+    asked = [name.strip() for name in encoders.split(",") if name.strip()]
+    if unknown := [name for name in asked if name not in ENCODER_NAMES]:
+        raise UsageError(f"--encoders names {unknown[0][:40]!r}; it must be of {', '.join(ENCODER_NAMES)}.")
+    return describe_encoders(
+        components,
+        [name for name in ENCODER_NAMES if name in asked] if asked else encoders_in(components),
+        token_dim=shape.joint_attention_dim,
+        pooled_dim=shape.pooled_projection_dim,
+        padding=padding.value,
+        t5_tokens=t5_tokens,
     )
 
 
-def _curator(path: Path) -> "PrivateKey":
+def _space(shape: "MMDiTConfig", preset: str, components: Path | None) -> "Space":
+    from mmdit.components import describe_vae
+    from mmdit.space import PixelSpace
+
+    side = shape.sample_size
+    if shape.in_channels in (1, 3):
+        return PixelSpace(channels=shape.in_channels, height=side, width=side, shift=-1.0, scale=2.0)
+    if components is None:
+        raise UsageError(
+            f"{preset} paints in the {shape.in_channels} latent channels of an autoencoder: name its folder with "
+            "--components, or choose a model that paints in pixels."
+        )
+    space = describe_vae(components, pixel_height=side, pixel_width=side)
+    if space.channels != shape.in_channels:
+        raise UsageError(
+            f"{preset} paints in {shape.in_channels} latent channels, but the autoencoder in {components} has "
+            f"{space.channels}."
+        )
+    return describe_vae(components, pixel_height=side * space.factor, pixel_width=side * space.factor)
+
+
+def _encoder(space: "Space", conditioning: "Conditioning", components: Path | None, device: str) -> "Encoder":
+    from commonweight.data.encoders import EmbeddedEncoder, NetworkEncoder
+    from mmdit.conditioning import ConditioningConfig
+    from mmdit.space import PixelSpace
+
+    if components is None or (isinstance(space, PixelSpace) and isinstance(conditioning, ConditioningConfig)):
+        assert isinstance(space, PixelSpace)  # anything else was refused
+        assert isinstance(conditioning, ConditioningConfig)
+        return EmbeddedEncoder(space=space, conditioning=conditioning)
+    return NetworkEncoder(components=components, space=space, conditioning=conditioning, device=device)
+
+
+def _curator(path: Path) -> "Callable[[], PrivateKey]":
+    """Return what gives the curator's key. A new one is made only when it is asked for: many a try ends before."""
     from protocol.keys import PrivateKey
 
     if path.exists():
-        return PrivateKey.load(path)
+        key = PrivateKey.load(path)
+        return lambda: key
     if not path.parent.is_dir():
         raise UsageError(f"There is no directory {path.parent} to write the curator's key to.")
-    key = PrivateKey.generate()
-    key.save(path)
-    return key
+
+    def make() -> PrivateKey:
+        made = PrivateKey.generate()
+        made.save(path)
+        return made
+
+    return make
 
 
 @contextmanager
@@ -238,9 +356,9 @@ def _told() -> "Iterator[Callable[[Progress], None]]":
             return
         last[0] = now
         done = (
-            f"shards {progress.shards}/{progress.of_shards}"
+            f"shards {progress.shards:,}/{progress.of_shards:,}"
             if progress.of_shards
-            else f"pictures {progress.pictures:,}"
+            else f"pictures {progress.pictures:,}/{progress.of_pictures:,}"
         )
         typer.echo(f"\r{done:<40}" if terminal else done, err=True, nl=not terminal)
 
@@ -258,8 +376,8 @@ def _show(directory: Path, manifest: "DatasetManifest", seconds: float | None) -
     looked_at = pictures + manifest.heldout.samples + sum(reason.pictures for reason in manifest.skipped)
     lines = [
         (
-            f"{directory}: {manifest.name}, {pictures:,} pictures in {len(manifest.shards)} shards "
-            f"({_size(total)}), {manifest.heldout.samples:,} held out"
+            f"{directory}: {manifest.name}, {_counted(pictures, 'picture')} in "
+            f"{_counted(len(manifest.shards), 'shard')} ({_size(total)}), {manifest.heldout.samples:,} held out"
         ),
         f"sizes: {_listed(sizes(manifest).most_common())}",
         f"licences: {_listed(licences(manifest).most_common())}",
@@ -275,6 +393,10 @@ def _show(directory: Path, manifest: "DatasetManifest", seconds: float | None) -
         typer.echo(printable(line))
 
 
+def _counted(count: object, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s") if isinstance(count, int) else f"{count} {what}s"
+
+
 def _listed(counts: Sequence[tuple[str, int]]) -> str:
     shown = ", ".join(f"{name} {count:,}" for name, count in counts[:8])
     return shown + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
@@ -285,14 +407,15 @@ def _suspicions(report: dict[str, object]) -> Iterator[str]:
     assert isinstance(characters, dict)
     yield "caption characters: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in characters.items())
     for name, words in (
-        ("repeated_captions", "repeated caption: {caption!r}, {pictures} pictures"),
-        ("near_duplicates", "look alike: {pictures} pictures under {captions} captions, such as {keys[0]}"),
-        ("words_of_look_alikes", "only with pictures that look alike: the word {word!r}, {pictures} pictures"),
+        ("repeated_captions", "repeated caption: {caption!r}, {pictures}"),
+        ("near_duplicates", "look alike: {pictures} under {captions}, such as {keys[0]}"),
+        ("words_of_look_alikes", "only with pictures that look alike: the word {word!r}, {pictures}"),
     ):
         found = report[name]
         assert isinstance(found, list)
         for entry in found[:3]:
-            yield words.format(**entry)
+            counted = {name: _counted(entry[name], name[:-1]) for name in ("pictures", "captions") if name in entry}
+            yield words.format(**{**entry, **counted})
 
 
 def _size(count: float) -> str:
@@ -303,7 +426,10 @@ def _size(count: float) -> str:
 
 
 def _write_sheet(dataset: "Dataset", path: Path) -> int:
-    """Write pictures from every shard side by side, each in a cell as large as the largest; return how many."""
+    """Write pictures from every shard side by side, each in a cell as large as the largest; return how many.
+
+    Small ones are enlarged, by a whole factor, to cells of about 64 pixels.
+    """
     import math
 
     import numpy as np
@@ -333,8 +459,9 @@ def _write_sheet(dataset: "Dataset", path: Path) -> int:
     for index, picture in enumerate(found):
         top, left = index // across * height, index % across * width
         sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    factor = max(1, _CELL // max(height, width))
     try:
-        path.write_bytes(png_bytes(sheet))
+        path.write_bytes(png_bytes(sheet.repeat(factor, axis=0).repeat(factor, axis=1)))
     except OSError as error:
         raise trouble_with(path, error) from None
     return len(found)

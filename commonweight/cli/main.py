@@ -4,6 +4,7 @@ An error is one sentence on stderr with its stable code, `error: SENTENCE [CODE]
 a setting that is wrong, 1 for a failure. The groups import what they need when they run, so that help is quick.
 """
 
+import inspect
 import os
 import sys
 import traceback
@@ -23,7 +24,6 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="commonweight",
-    help="Train one open text-to-image model together, and check the result.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -68,7 +68,29 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Train one open text-to-image model together, and check the result."""
+    """Train one open text-to-image model together, and check the result.
+
+    `demo` shows all of it on this machine. `worker start` lends this computer to a run; `coordinator init` makes one;
+    `sample` draws with what came of it.
+    """
+
+
+def _unwrap(group: typer.Typer) -> None:
+    """Docstrings are wrapped for their source; a terminal wraps their paragraphs anew."""
+    if group.registered_callback is not None:
+        group.registered_callback.help = _paragraphs(group.registered_callback.callback)
+    for command in group.registered_commands:
+        command.help = _paragraphs(command.callback)
+    for below in group.registered_groups:
+        if below.typer_instance is not None:
+            _unwrap(below.typer_instance)
+
+
+def _paragraphs(function: object) -> str:
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (inspect.getdoc(function) or "").split("\n\n"))
+
+
+_unwrap(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -108,7 +108,8 @@ def replay(
         str | None, typer.Option(metavar="DIR|URL", help="The run's directory, a mirror, or its public address.")
     ] = None,
     join: Annotated[
-        str | None, typer.Option(help="The run's join string [default: the one that last worked].", metavar="TOKEN")
+        str | None,
+        typer.Option(help="The run's join string; default: of the run that was last worked for.", metavar="TOKEN"),
     ] = None,
     home: Annotated[
         Path | None, typer.Option(help="The worker's home, for its own deltas and its cache.", file_okay=False)

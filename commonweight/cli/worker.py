@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Lend this computer's time to a run.", no_args_is_help=True)
 
 
-Home = Annotated[Path | None, typer.Option(help="Where keys, finished work and the cache are kept.", file_okay=False)]
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where keys, finished work and the cache are kept; default: the user's data folder.", file_okay=False
+    ),
+]
 
 
 @app.callback()
@@ -103,7 +108,8 @@ def receipts(
 def appeal(
     claim: Annotated[str, typer.Argument(metavar="CLAIM|UNIT", help="The rejected unit: 8 or more of its hex digits.")],
     join: Annotated[
-        str | None, typer.Option(help="The run's join string [default: the one that last worked].", metavar="TOKEN")
+        str | None,
+        typer.Option(help="The run's join string; default: of the run that was last worked for.", metavar="TOKEN"),
     ] = None,
     home: Home = None,
 ) -> None:

@@ -1,24 +1,19 @@
 """What turns pictures and captions into the numbers of a shard. One process makes one of these and uses it for all."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from commonweight.data.pictures import Bucket
 from diloco.shards import Halves
-from mmdit.conditioning import ConditioningConfig, encode_caption
-from mmdit.space import ByteImages, PixelSpace
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Encoded:
-    """Some pictures with their captions, fp16: latents [N, C, H, W], texts [L, D] each, pooled [N, P]."""
-
-    latents: Halves
-    texts: list[Halves]
-    pooled: Halves
+from mmdit.components import Autoencoder, TextEncoders, load_encoders, load_vae
+from mmdit.conditioning import ConditioningConfig, Encoded
+from mmdit.encoders import Conditioning, EncodersConfig, conditioning_to_json
+from mmdit.space import ByteImages, PixelSpace, Space, VaeSpace, space_to_json
 
 
 class Encoder(Protocol):
@@ -30,11 +25,15 @@ class Encoder(Protocol):
         ...
 
     def sample_bytes(self, caption: str, bucket: Bucket) -> int:
-        """Return what one sample takes in a shard."""
+        """Return what one sample takes in a shard, about."""
         ...
 
-    def encode(self, pictures_NHWC: ByteImages, captions: Sequence[str]) -> Encoded:
-        """Encode pictures of one bucket."""
+    def latents(self, pictures_NHWC: ByteImages) -> Halves:
+        """Encode pictures of one bucket: fp16 [N, C, H, W]."""
+        ...
+
+    def texts(self, captions: Sequence[str]) -> Mapping[str, Sequence[Encoded]]:
+        """Encode captions; one more text, of the empty caption, stands at the end of each encoder's. Empty: none is."""
         ...
 
     def described(self) -> dict[str, Any]:
@@ -44,7 +43,10 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedEncoder:
-    """Pixels as they are and captions as bytes: nothing to download, and the same bits on every machine."""
+    """Pixels as they are, and captions as they are: who trains makes tokens of their bytes.
+
+    Nothing to download, and the same bits on every machine.
+    """
 
     space: PixelSpace
     conditioning: ConditioningConfig
@@ -55,21 +57,87 @@ class EmbeddedEncoder:
         return self.space.channels
 
     def sample_bytes(self, caption: str, bucket: Bucket) -> int:
-        """Pixels and text in fp16, and an offset."""
-        tokens = min(-(-len(caption.encode()) // self.conditioning.bytes_a_token), self.conditioning.max_tokens)
-        pixels = bucket.height * bucket.width * self.space.channels
-        return 2 * (pixels + tokens * self.conditioning.token_dim + self.conditioning.pooled_dim) + 8
+        """Pixels in fp16, the caption, and an offset."""
+        return 2 * bucket.height * bucket.width * self.space.channels + len(caption.encode()) + 8
 
-    def encode(self, pictures_NHWC: ByteImages, captions: Sequence[str]) -> Encoded:
-        """Move pixels into the space; make tokens of bytes."""
+    def latents(self, pictures_NHWC: ByteImages) -> Halves:
+        """Move pixels into the space."""
         sized = replace(self.space, height=pictures_NHWC.shape[1], width=pictures_NHWC.shape[2])
-        pairs = [encode_caption(caption, self.conditioning) for caption in captions]
-        return Encoded(
-            latents=sized.encode(pictures_NHWC).astype(np.float16),
-            texts=[tokens for tokens, _ in pairs],
-            pooled=np.stack([pooled for _, pooled in pairs]),
-        )
+        return sized.encode(pictures_NHWC).astype(np.float16)
+
+    def texts(self, captions: Sequence[str]) -> Mapping[str, Sequence[Encoded]]:  # noqa: ARG002  they stay captions
+        """None: captions are enough."""
+        return {}
 
     def described(self) -> dict[str, Any]:
         """The space and the conditioning, as a run config has them."""
-        return {"space": {"kind": "pixel", **asdict(self.space)}, "conditioning": asdict(self.conditioning)}
+        return {"space": space_to_json(self.space), "conditioning": conditioning_to_json(self.conditioning)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkEncoder:
+    """Pictures through an autoencoder, captions through text encoders; either may be the embedded one instead.
+
+    Args:
+        components: the folder of the networks.
+        space: of an autoencoder, or pixels.
+        conditioning: of text encoders, or the embedded one.
+        device: where they run.
+    """
+
+    components: Path
+    space: Space
+    conditioning: Conditioning
+    device: str = field(default="cpu")
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of the pictures."""
+        return self.space.pixel_channels
+
+    def sample_bytes(self, caption: str, bucket: Bucket) -> int:
+        """Latents in fp16, the caption, and the text of each encoder, as if it filled all its rows."""
+        latent = bucket.height * bucket.width // self.space.factor**2 * self.space.channels
+        return 2 * (latent + sum(text_values(self.conditioning).values())) + len(caption.encode()) + 8
+
+    def latents(self, pictures_NHWC: ByteImages) -> Halves:
+        """Encode pictures."""
+        if isinstance(self.space, PixelSpace):
+            return EmbeddedEncoder(space=self.space, conditioning=_UNUSED).latents(pictures_NHWC)
+        return _autoencoder(self.components, self.space, self.device).encode(pictures_NHWC).astype(np.float16)
+
+    def texts(self, captions: Sequence[str]) -> Mapping[str, Sequence[Encoded]]:
+        """Encode captions, and the empty one after them."""
+        if isinstance(self.conditioning, ConditioningConfig):
+            return {}
+        encoded = _encoders(self.components, self.conditioning, self.device).encode([*captions, ""])
+        columns: dict[str, list[Encoded]] = {}
+        for number, encoder in enumerate(self.conditioning.encoders):
+            texts = [texts[number] for texts in encoded]
+            columns[encoder.name] = [text for text in texts if text is not None]
+        return columns
+
+    def described(self) -> dict[str, Any]:
+        """The space and the conditioning, as a run config has them."""
+        return {"space": space_to_json(self.space), "conditioning": conditioning_to_json(self.conditioning)}
+
+
+_UNUSED = ConditioningConfig(kind="bytes", max_tokens=1, token_dim=32, pooled_dim=1)
+
+
+def text_values(conditioning: Conditioning) -> dict[str, int]:
+    """Return for each text encoder the numbers that it makes of a caption, if all its rows are filled."""
+    if isinstance(conditioning, ConditioningConfig):
+        return {}
+    return {encoder.name: encoder.tokens * encoder.width + encoder.pooled for encoder in conditioning.encoders}
+
+
+# A process that prepares loads each network once; they don't travel with the recipe.
+@cache
+def _encoders(components: Path, conditioning: EncodersConfig, device: str) -> TextEncoders:
+    return load_encoders(components, conditioning, device)
+
+
+@cache
+def _autoencoder(components: Path, space: VaeSpace, device: str) -> Autoencoder:
+    return load_vae(components, space, device)

@@ -38,6 +38,7 @@ def plan(
     shard_bytes: int,
     heldout: int,
     least_in_bucket: int,
+    families: Sequence[tuple[Bucket, ...]] = (),
 ) -> Plan:
     """Deal out pictures; the same rows give the same plan.
 
@@ -46,28 +47,34 @@ def plan(
         seed: of the shuffling.
         sample_bytes: what a caption and its picture take in a shard.
         shard_bytes: about how large a shard is to be.
-        heldout: pictures kept for validation, of the fullest bucket.
+        heldout: pictures kept for validation, of the fullest bucket; of several families of the last one's.
         least_in_bucket: buckets with fewer pictures are given up, and their pictures cut to the next best.
+        families: for runs that go from smaller to larger pictures, the buckets of each size; every picture is in all
+            that it is large enough for. None is one family, of the buckets that the index has.
 
     Raises:
         UsageError: fewer pictures than would fill a shard beside the held-out one.
     """
     taken, skipped = _without_duplicates(rows)
-    by_bucket = _buckets(taken, least_in_bucket)
-    if not by_bucket:
+    sized = _families(taken, families, least_in_bucket)
+    if not sized or not sized[-1]:
         raise UsageError(f"No picture is left: {_counted(skipped)}. See --licence, --accept and --least-side.")
-    fullest = max(sorted(by_bucket), key=lambda bucket: len(by_bucket[bucket]))
-    kept = sorted(by_bucket[fullest], key=lambda row: _rank(seed, b"heldout", row))
+    last = sized[-1]
+    fullest = max(sorted(last), key=lambda bucket: len(last[bucket]))
+    kept = sorted(last[fullest], key=lambda row: _rank(seed, b"heldout", row))
     if len(kept) <= heldout or heldout < 1:
         raise UsageError(
             f"{heldout} held-out pictures of {len(kept)} of size {fullest}: at least one must be held out, and one "
-            f"left to train on. Skipped were: {_counted(skipped)}."
+            f"left to train on; set --heldout lower, or add pictures. Skipped were: {_counted(skipped)}."
         )
-    by_bucket[fullest] = kept[heldout:]
+    hidden = {row.key for row in kept[:heldout]}  # in no size may they be trained on
     shards = [
         Planned(bucket=bucket, rows=part)
+        for by_bucket in sized
         for bucket in sorted(by_bucket)
-        for part in _dealt(by_bucket[bucket], bucket, seed, sample_bytes, shard_bytes)
+        for part in _dealt(
+            [row for row in by_bucket[bucket] if row.key not in hidden], bucket, seed, sample_bytes, shard_bytes
+        )
     ]
     return Plan(
         shards=tuple(shards), heldout=Planned(bucket=fullest, rows=tuple(kept[:heldout])), skipped=tuple(skipped)
@@ -87,6 +94,18 @@ def _without_duplicates(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
             seen[row.pixels] = row.key
             taken.append(row)
     return taken, skipped
+
+
+def _families(rows: Sequence[Row], families: Sequence[tuple[Bucket, ...]], least: int) -> list[dict[Bucket, list[Row]]]:
+    """Return the pictures by bucket, of each family by itself."""
+    if not families:
+        return [_buckets(rows, least)]
+    found = []
+    for family in families:
+        side = min(max(bucket.height, bucket.width) for bucket in family)  # of the square one
+        large = [row for row in rows if family is families[0] or min(row.width, row.height) >= side]
+        found.append(_buckets([replace(row, bucket=closest(row.width, row.height, family)) for row in large], least))
+    return found
 
 
 def _buckets(rows: Sequence[Row], least: int) -> dict[Bucket, list[Row]]:

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,21 +22,23 @@ import numpy as np
 from commonweight.data.encoders import Encoder
 from commonweight.data.index import Row, Rules, read_index, write_index
 from commonweight.data.layout import CURATOR, HELDOUT, MANIFEST, REPORT, SKIPPED, WORK
-from commonweight.data.pictures import PictureSkipped, decode
+from commonweight.data.pictures import Bucket, PictureSkipped, decode
 from commonweight.data.plan import Plan, Planned, plan, skipped_by_reason
 from commonweight.data.report import report_of
-from commonweight.data.sources import Item, items_of, list_sources, read_place
+from commonweight.data.sources import Item, count_items, items_of, list_sources, read_place
 from coordinator.directory import write_file
-from diloco.shards import Halves, ShardInfo, write_shard
+from coordinator.prepared_data import PRESET
+from diloco.shards import Halves, ShardInfo, pack_shard
 from diloco.trail import merkle_root
 from protocol.canonical import canonical_json, sha256_hex
 from protocol.documents import Counted, DatasetManifest, PreparedShard, sign
-from protocol.errors import DirectoryInUse, DirectoryNotEmpty, UsageError
+from protocol.errors import DirectoryInUse, DirectoryNotEmpty, PackageMissing, UsageError
 from protocol.keys import PrivateKey
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES, MAX_SHARD_BYTES
 from verify.admission import file_sha256
 
 _SHARD_NAME: Final = re.compile(r"[0-9a-f]{64}\.safetensors")
+_INDEX: Final = "index.jsonl"
 _AT_ONCE: Final = 64
 """Pictures that are encoded together."""
 
@@ -47,6 +49,7 @@ class Recipe:
 
     Args:
         name: of the data set.
+        preset: name of the model that it is for.
         rules: which pictures are taken, and how they are cut.
         encoder: makes numbers of them; goes to the processes by pickle, between processes of our own.
         seed: 32 bytes; of the shuffling.
@@ -54,9 +57,11 @@ class Recipe:
         heldout: pictures kept for validation.
         least_in_bucket: buckets with fewer pictures are given up.
         pictures: for tables of links: the folder with the files.
+        families: the buckets of each size, for data sets of several sizes; see `plan`.
     """
 
     name: str
+    preset: str
     rules: Rules
     encoder: Encoder
     seed: bytes
@@ -64,6 +69,7 @@ class Recipe:
     heldout: int
     least_in_bucket: int
     pictures: Path | None = None
+    families: tuple[tuple[Bucket, ...], ...] = ()
 
     def asked(self, files: Sequence[Path]) -> dict[str, Any]:
         """Return what identifies a preparation: these words over these files."""
@@ -76,9 +82,10 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a preparation is: pictures looked at, or shards made of how many."""
+    """How far a preparation is: pictures looked at of how many, or shards made of how many."""
 
     pictures: int = 0
+    of_pictures: int = 0
     shards: int = 0
     of_shards: int = 0
 
@@ -87,12 +94,20 @@ def prepare(
     source: Path,
     out: Path,
     recipe: Recipe,
-    curator: PrivateKey,
+    curator: Callable[[], PrivateKey],
     *,
     processes: int,
     on_progress: Callable[[Progress], None],
 ) -> DatasetManifest:
     """Make a data set; the same source and recipe give the same bytes, whatever the processes and the interruptions.
+
+    Args:
+        source: a folder, a tar or a table.
+        out: where the data set goes; missing or empty, or with an unfinished preparation in it.
+        recipe: what is to be made.
+        curator: gives the key that signs, once there is something to sign.
+        processes: how many encode at once.
+        on_progress: told how far it is.
 
     Raises:
         UsageError: there is nothing to read, too few pictures are left, or another preparation lies in `out`.
@@ -107,14 +122,15 @@ def prepare(
     files = list_sources(source)
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with _alone(out / WORK):
-        planned, made = _work(files, out, recipe, processes, on_progress)
-        manifest = _manifest(planned, made, recipe)
-        envelope = sign(manifest, curator)
+        with _worthless_gone(out):
+            planned, made = _work(files, out, recipe, processes, on_progress)
+        manifest, key = _manifest(planned, made, recipe), curator()
+        envelope = sign(manifest, key)
         if len(envelope) > MAX_PUBLIC_DOCUMENT_BYTES:
             raise UsageError(
                 f"The manifest would have {len(envelope):,} bytes; make larger shards, with fewer licences."
             )
-        _finish(out, planned, made, envelope, curator)
+        _finish(out, planned, made, envelope, key)
     shutil.rmtree(out / WORK)
     return manifest
 
@@ -145,11 +161,28 @@ def _alone(work: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _worthless_gone(out: Path) -> Iterator[None]:
+    """Clear up after a refusal if no picture was taken yet: the next try will ask otherwise, and begin anew anyway."""
+    try:
+        yield
+    except (UsageError, PackageMissing):
+        work = out / WORK
+        index = work / _INDEX
+        begun = {path.name for path in work.iterdir()} - {"lock", _INDEX}
+        if not begun and not (index.exists() and any(not row.skipped for row in read_index(index))):
+            shutil.rmtree(work)
+            with suppress(OSError):  # something else has come into it
+                out.rmdir()
+        raise
+
+
 def _work(
     files: Sequence[Path], out: Path, recipe: Recipe, processes: int, on_progress: Callable[[Progress], None]
 ) -> tuple[Plan, list[PreparedShard]]:
     """Index, plan and make every shard, under the working folder."""
-    index = out / WORK / "index.jsonl"
+    index = out / WORK / _INDEX
+    of_pictures = sum(count_items(path) for path in files)
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
     ) as pool:
@@ -160,7 +193,7 @@ def _work(
             recipe.asked(files),
             pool,
             processes=processes,
-            on_rows=lambda count: on_progress(Progress(pictures=count)),
+            on_rows=lambda count: on_progress(Progress(pictures=count, of_pictures=of_pictures)),
         )
         planned = plan(
             read_index(index),
@@ -169,6 +202,7 @@ def _work(
             shard_bytes=recipe.shard_bytes,
             heldout=recipe.heldout,
             least_in_bucket=recipe.least_in_bucket,
+            families=recipe.families,
         )
         return planned, _make_shards(planned, out, recipe, pool, on_progress)
 
@@ -262,20 +296,13 @@ def _plan_digest(shard: Planned, recipe: Recipe) -> str:
 def _make_shard(shard: Planned, recipe: Recipe, out: Path, note: Path) -> PreparedShard:
     """Decode, encode and write one shard; then the note that says that it is there."""
     latents: list[Halves] = []
-    texts: list[Halves] = []
-    pooled: list[Halves] = []
     for start in range(0, len(shard.rows), _AT_ONCE):
         rows = shard.rows[start : start + _AT_ONCE]
-        encoded = recipe.encoder.encode(
-            np.stack([_pixels(row, shard, recipe) for row in rows]), [row.caption for row in rows]
-        )
-        latents.append(encoded.latents)
-        texts += encoded.texts
-        pooled.append(encoded.pooled)
+        latents.append(recipe.encoder.latents(np.stack([_pixels(row, shard, recipe) for row in rows])))
     licences = Counter(row.licence for row in shard.rows)
-    captions = hashlib.sha256(b"\0".join(row.caption.encode() for row in shard.rows)).hexdigest()
-    info = ShardInfo(licence=", ".join(sorted(licences))[:200], source=recipe.rules.source, captions_digest=captions)
-    content = write_shard(np.concatenate(latents), texts, np.concatenate(pooled), info)
+    captions = [row.caption for row in shard.rows]
+    info = ShardInfo(licence=", ".join(sorted(licences))[:200], source=recipe.rules.source)
+    content = pack_shard(np.concatenate(latents), info, captions=captions, parts=recipe.encoder.texts(captions))
     if len(content) > MAX_SHARD_BYTES:
         raise UsageError(f"A shard would have {len(content):,} bytes, more than workers fetch; ask for smaller shards.")
     sha256 = sha256_hex(content)
@@ -312,7 +339,7 @@ def _manifest(planned: Plan, made: Sequence[PreparedShard], recipe: Recipe) -> D
         name=recipe.name,
         source=recipe.rules.source,
         licence=", ".join(licences)[:200],
-        encoder=recipe.encoder.described(),
+        encoder={PRESET: recipe.preset, **recipe.encoder.described()},
         root=merkle_root([bytes.fromhex(shard.sha256) for shard in shards]).hex(),
         shards=tuple(shards),
         heldout=heldout,

@@ -91,6 +91,20 @@ def items_of(path: Path, pictures: Path | None) -> Iterator[Item]:
     return _parquet(path, pictures)
 
 
+def count_items(path: Path) -> int:
+    """Return how many items `items_of` will give for a file of `list_sources`; no picture is read for it.
+
+    Raises:
+        PackageMissing, UsageError: as `items_of`.
+    """
+    if path.is_dir():
+        return sum(1 for _ in _pictures_in(path))
+    if path.suffix == TAR:
+        return sum(1 for _ in _tar_groups(path))
+    rows: int = _open_table(path).metadata.num_rows
+    return rows
+
+
 def read_place(place: Place) -> bytes:
     """Return a picture's bytes.
 
@@ -111,8 +125,12 @@ def read_place(place: Place) -> bytes:
 # --- folders -------------------------------------------------------------------------------------------------
 
 
+def _pictures_in(root: Path) -> Iterator[Path]:
+    return (found for found in root.rglob("*") if found.suffix.lower() in PICTURES and _is_plain(found))
+
+
 def _folder(root: Path) -> Iterator[Item]:
-    for path in sorted(found for found in root.rglob("*") if found.suffix.lower() in PICTURES and _is_plain(found)):
+    for path in sorted(_pictures_in(root)):
         key, place = path.relative_to(root).as_posix(), Place(path=str(path))
         try:
             said, text = _sidecar(path.with_suffix(".json")), _sidecar(path.with_suffix(".txt"))
@@ -182,37 +200,68 @@ def _plain(text: str) -> str:
 # --- tars ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """A picture of a tar with what is said of it: the members' names differ only after the first dot."""
+
+    stem: str
+    picture: tarfile.TarInfo
+    said: Mapping[str, tarfile.TarInfo]
+
+
 def _tar(path: Path) -> Iterator[Item]:
-    """Neighbouring members whose names differ only after the first dot belong together, as WebDataset has it."""
-    stem, parts = "", dict[str, tarfile.TarInfo]()
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isreg() or member.issparse():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                first, _, extension = name.partition(".")
-                found = f"{folder}/{first}" if folder else first
-                if found != stem:
-                    yield from _tar_item(path, tar, stem, parts)
-                    stem, parts = found, {}
-                parts[f".{extension.lower()}"] = member
-            yield from _tar_item(path, tar, stem, parts)
+            for group in _groups(tar):
+                yield _tar_item(path, tar, group)
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        raise UsageError(f"{path} can't be read as an uncompressed tar: {error}.") from None
+        raise _no_tar(path, error) from None
 
 
-def _tar_item(path: Path, tar: tarfile.TarFile, stem: str, parts: Mapping[str, tarfile.TarInfo]) -> Iterator[Item]:
+def _tar_groups(path: Path) -> Iterator[_Group]:
+    """Yield what the headers of a tar tell of; its contents are passed over."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield from _groups(tar)
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        raise _no_tar(path, error) from None
+
+
+def _no_tar(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"{path} can't be read as an uncompressed tar: {error}.")
+
+
+def _groups(tar: tarfile.TarFile) -> Iterator[_Group]:
+    """Neighbouring members whose names differ only after the first dot belong together, as WebDataset has it."""
+    stem, parts = "", dict[str, tarfile.TarInfo]()
+    for member in tar:
+        if not member.isreg() or member.issparse():
+            continue
+        folder, _, name = member.name.rpartition("/")
+        first, _, extension = name.partition(".")
+        found = f"{folder}/{first}" if folder else first
+        if found != stem:
+            yield from _group(stem, parts)
+            stem, parts = found, {}
+        parts[f".{extension.lower()}"] = member
+    yield from _group(stem, parts)
+
+
+def _group(stem: str, parts: Mapping[str, tarfile.TarInfo]) -> Iterator[_Group]:
     picture = next((parts[extension] for extension in sorted(parts) if extension in PICTURES), None)
-    if picture is None:
-        return
-    key, place = f"{path.name}/{stem}", Place(path=str(path), offset=picture.offset_data, size=picture.size)
-    small = {name: parts[name] for name in (".json", ".txt") if name in parts}
-    if any(member.size > _MOST_SIDECAR_BYTES for member in small.values()):
-        yield Item(key=_plain(key), place=place, problem="what is said of it is too long")
-        return
-    read = {name: _member(tar, member) for name, member in small.items()}
-    yield _item(key, place, read.get(".json"), read.get(".txt"))
+    if picture is not None:
+        yield _Group(
+            stem=stem, picture=picture, said={name: parts[name] for name in (".json", ".txt") if name in parts}
+        )
+
+
+def _tar_item(path: Path, tar: tarfile.TarFile, group: _Group) -> Item:
+    key = f"{path.name}/{group.stem}"
+    place = Place(path=str(path), offset=group.picture.offset_data, size=group.picture.size)
+    if any(member.size > _MOST_SIDECAR_BYTES for member in group.said.values()):
+        return Item(key=_plain(key), place=place, problem="what is said of it is too long")
+    read = {name: _member(tar, member) for name, member in group.said.items()}
+    return _item(key, place, read.get(".json"), read.get(".txt"))
 
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:

@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from commonweight.cli import main
+from docs.command_reference import walk
 from protocol import layout
 from protocol.canonical import sha256_hex
 from protocol.documents import digest_of, sign
@@ -124,3 +126,27 @@ def test_a_reader_who_leaves_early_is_no_mistake(published: PublishedRun) -> Non
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def _parts(command: Any) -> Iterator[str]:
+    """Every paragraph and every option's sentence of a command's help."""
+    yield from (" ".join(paragraph.split()) for paragraph in command.help.split("\n\n"))
+    yield from (parameter.help for parameter in command.params if parameter.help)
+
+
+@pytest.mark.parametrize(("name", "command"), list(walk()), ids=[name for name, _ in walk()])
+def test_help_shows_every_word_that_was_written_for_it(
+    name: str, command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")  # so that nothing is wrapped
+    assert main.run([*name.split()[1:], "--help"]) == 0
+    shown_help = capsys.readouterr().out
+    for part in _parts(command):
+        assert part in shown_help, part
+
+
+def test_help_says_where_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["--help"]) == 0
+    shown_help = capsys.readouterr().out
+    for command in ("`demo`", "`worker start`", "`coordinator init`", "`sample`"):
+        assert command in shown_help

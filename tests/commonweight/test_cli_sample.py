@@ -15,7 +15,9 @@ from typer.testing import CliRunner, Result
 from commonweight.cli.sample import sample
 from commonweight.png import png_bytes
 from protocol import layout
+from protocol.canonical import sha256_hex
 from protocol.errors import CheckpointCorrupt, CommonweightError, DeviceUnavailable, DiskFull, LocalProblem, UsageError
+from tests.verify.examples import RUN
 
 app = typer.Typer()
 app.command()(sample)
@@ -132,9 +134,55 @@ def test_a_directory_gets_a_file_for_each_caption_that_says_what_it_is(run_direc
     said = (tmp_path / "0002.png").read_bytes()
     for words in (
         b"parameters\0\0\0\0\0dark\nNegative prompt: blurred\nSteps: 1, Sampler: Euler, CFG scale: 3.0, Seed: 7",
-        b"Size: 4x4, Model: 000002, Guidance interval: 0.2-0.8, Noise: 2",
+        b"Size: 4x4, Guidance interval: 0.2-0.8, Model: 000002, Model hash: ",
+        b", Noise: 2",
     ):
         assert words in said
+
+
+def test_a_directory_is_made_and_later_pictures_are_numbered_on(run_directory: Path, tmp_path: Path) -> None:
+    place, out = _checkpoint(run_directory, 2), tmp_path / "pictures"
+    first = _invoke(place, "light", "dark", "-o", out, "--steps", "1")
+    assert first.exit_code == 0, first.output
+    assert first.output.startswith(f"{out / '0000.png'} to 0001.png: ")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "0000.png").unlink()
+    (out / "0007.png").write_bytes(b"another's")
+    second = _invoke(place, "light", "-o", out, "--steps", "1", "--seed", "9")
+    assert second.output.startswith(f"{out / '0008.png'}: ")
+    assert sorted(path.name for path in out.iterdir()) == ["0001.png", "0007.png", "0008.png"]
+    assert (out / "0001.png").read_bytes() == before["0001.png"]
+    nowhere = _refusal(place, CAPTION, "-o", tmp_path / "not" / "there")
+    assert "There is no directory" in nowhere.message
+
+
+def _parameters(path: Path) -> str:
+    raw = path.read_bytes()
+    start = raw.index(b"parameters\0\0\0\0\0")
+    (length,) = struct.unpack_from(">I", raw, start - 8)
+    return raw[start : start + length].decode()
+
+
+def test_a_picture_names_the_run_and_the_weights_that_drew_it(run_directory: Path, tmp_path: Path) -> None:
+    place, older = _checkpoint(run_directory, 2), _checkpoint(run_directory, 1)
+    averaged, raw = (sha256_hex((place / name).read_bytes()) for name in (layout.EMA, layout.WEIGHTS))
+    _drawn(tmp_path / "1.png", place, CAPTION)
+    assert f"Model: 000002, Model hash: {averaged}, Model run: {RUN}" in _parameters(tmp_path / "1.png")
+    _drawn(tmp_path / "2.png", place, CAPTION, "--raw", "--guide", older)
+    said = _parameters(tmp_path / "2.png")
+    assert f"Model: 000002, Model hash: {raw}, Model run: {RUN}" in said
+    assert f"Guide: 000001, Guide hash: {sha256_hex((older / layout.WEIGHTS).read_bytes())}, Guide run: {RUN}" in said
+
+
+def test_no_run_is_named_for_weights_that_it_has_not_signed_for(run_directory: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(_checkpoint(run_directory, 2), tmp_path / "copy"))
+    (copy / layout.EMA).write_bytes((copy / layout.WEIGHTS).read_bytes())
+    result = _invoke(copy, CAPTION, "-o", tmp_path / "1.png", "--steps", "1")
+    assert result.exit_code == 0, result.output
+    assert "note: no run is named" in result.output
+    said = _parameters(tmp_path / "1.png")
+    assert f"Model hash: {sha256_hex((copy / layout.WEIGHTS).read_bytes())}" in said
+    assert RUN not in said
 
 
 def test_what_is_to_be_avoided_changes_the_picture(run_directory: Path, tmp_path: Path) -> None:
@@ -173,6 +221,8 @@ def test_a_picture_to_start_from_is_kept_as_far_as_its_strength_says(run_directo
         for number, strength in enumerate(("0", "0.7", "1"))
     )
     assert np.array_equal(kept, start[:, :, 0])
+    assert "Denoising strength: 0.7" in _parameters(tmp_path / "1.png")
+    assert "Init image: start.png" in _parameters(tmp_path / "1.png")
     assert not np.array_equal(changed, kept)
     assert np.array_equal(forgotten, _drawn(tmp_path / "plain.png", place, CAPTION))
     (tmp_path / "start.png").write_bytes(b"no picture")
@@ -181,11 +231,19 @@ def test_a_picture_to_start_from_is_kept_as_far_as_its_strength_says(run_directo
     assert "can't be read as a picture" in error.message
 
 
+def test_a_strength_without_a_picture_to_start_from_is_refused(run_directory: Path, tmp_path: Path) -> None:
+    error = _refusal(run_directory, CAPTION, "-o", tmp_path / "1.png", "--strength", "0.5")
+    assert isinstance(error, UsageError)
+    assert "--init" in error.message
+
+
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_drawn(run_directory: Path, tmp_path: Path) -> None:
     place = _checkpoint(run_directory, 1)
     jpeg = _refusal(place, CAPTION, "-o", tmp_path / "light.jpg")
     assert isinstance(jpeg, UsageError)
-    assert "neither ends in .png nor is a directory" in jpeg.message
+    assert "ends in .jpg, but pictures are written as PNG" in jpeg.message
+    (tmp_path / "notes").write_text("mine")
+    assert "neither ends in .png nor is a directory" in _refusal(place, CAPTION, "-o", tmp_path / "notes").message
     nowhere = _refusal(place, CAPTION, "-o", tmp_path / "nowhere" / "light.png")
     assert isinstance(nowhere, UsageError)
     assert "no directory" in nowhere.message

@@ -35,7 +35,7 @@ def in_child(work: Callable[[], None]) -> int:
 def main(folder: Path) -> None:
     """Count the places, then be killed at every rename and at some other places."""
     settings = Settings()
-    shards, heldout = write_digits(folder / "data", settings.conditioning(), shards=2)
+    shards, heldout = write_digits(folder / "data", shards=2)
 
     def founding(place: Path) -> None:
         found(

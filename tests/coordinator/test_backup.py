@@ -29,7 +29,7 @@ from protocol.log import EMPTY_LOG_HEAD, next_head
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     place = tmp_path_factory.mktemp("original")
-    shards, heldout = write_digits(place / "data", Settings().conditioning(), shards=2)
+    shards, heldout = write_digits(place / "data", shards=2)
     directory = RunDirectory(place / "run")
     found(
         directory,

@@ -39,7 +39,7 @@ NOW_MS = 1_800_000_000_000
 def founded(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, RunIdentity]:
     place = tmp_path_factory.mktemp("founded")
     settings = Settings()
-    shards, heldout = write_digits(place / "data", settings.conditioning(), shards=4)
+    shards, heldout = write_digits(place / "data", shards=4)
     directory = RunDirectory(place / "run")
     identity = found(
         directory,

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from commonweight.digits import load_digits, shard_bytes, write_digits
+from commonweight.digits import LICENCE, SOURCE, load_digits, shard_bytes, write_digits
 from coordinator.directory import RunDirectory, RunIdentity
 from coordinator.forecast import forecast
 from coordinator.founding import delegate_auditor, found, renew
 from coordinator.settings import Settings
 from coordinator.signed import differences
-from diloco.shards import ShardInfo, write_shard
-from mmdit.conditioning import ConditioningConfig
+from diloco.shards import ShardInfo, pack_shard, write_shard
 from mmdit.export import load_checkpoint
 from protocol import layout
 from protocol.documents import Manifest
@@ -41,7 +40,7 @@ Founding = Callable[..., RunIdentity]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path]:
-    return write_digits(tmp_path_factory.mktemp("data"), Settings().conditioning(), shards=3)
+    return write_digits(tmp_path_factory.mktemp("data"), shards=3)
 
 
 @pytest.fixture
@@ -174,7 +173,7 @@ def test_two_foundings_do_not_share_a_directory(founding: Founding, tmp_path: Pa
 def test_a_unit_may_not_ask_a_volunteer_for_more_than_the_run_allows(founding: Founding, tmp_path: Path) -> None:
     split = load_digits().train
     every = list(range(len(split.labels)))
-    (tmp_path / "large").write_bytes(shard_bytes(split, every, Settings().conditioning()))
+    (tmp_path / "large").write_bytes(shard_bytes(split, every * 5))
     asked = ("rounds.shards_per_unit=1", "rounds.max_mib_per_unit=1")
     with pytest.raises(
         ConfigInvalid, match=r"can make a unit fetch 1,\d{3},\d{3} bytes, but rounds.max_mib_per_unit is 1"
@@ -189,14 +188,23 @@ def test_data_that_does_not_fit_the_settings_is_refused_with_both_values(
     shards, _ = data
     with pytest.raises(ConfigInvalid, match=r"rounds.shards_per_unit is 4, but the data has 3"):
         founding("rounds.shards_per_unit=4")
-    with pytest.raises(ConfigInvalid, match=r"model.max_tokens is 4, but .* has a caption of 5 tokens"):
-        founding("model.max_tokens=4")
     with pytest.raises(ConfigInvalid, match="same file"):
         founding(heldout=shards[0])
-    narrow = ConditioningConfig(kind="byte-patch", max_tokens=8, token_dim=52, pooled_dim=64)
-    (tmp_path / "narrow").write_bytes(shard_bytes(load_digits().train, [0, 1], narrow))
-    with pytest.raises(ConfigInvalid, match=r"\(1, 8, 8, 64, 64\), but narrow has \(1, 8, 8, 52, 64\)"):
-        founding(shards=[*shards, tmp_path / "narrow"])
+    for width, length, sentence in (
+        (52, 1, r"\(64, 64\), but odd has \(52, 64\)"),
+        (64, 9, r"model.max_tokens is 8, but odd has a caption of 9 tokens"),
+    ):
+        text = np.zeros((length, width), np.float16)
+        info = ShardInfo(licence=LICENCE, source=SOURCE)
+        odd = write_shard(np.zeros((1, 1, 8, 8), np.float16), [text], np.zeros((1, 64), np.float16), info)
+        (tmp_path / "odd").write_bytes(odd)
+        with pytest.raises(ConfigInvalid, match=sentence):
+            founding(shards=[*shards, tmp_path / "odd"])
+    (tmp_path / "colour").write_bytes(
+        pack_shard(np.zeros((1, 3, 8, 8), np.float16), ShardInfo(licence=LICENCE, source=SOURCE), captions=["red"])
+    )
+    with pytest.raises(ConfigInvalid, match=r"needs shards of 1 channels.*but colour has.*\(3, 8, 8\)"):
+        founding(shards=[*shards, tmp_path / "colour"])
     other = write_shard(
         np.zeros((1, 1, 8, 8), np.float16),
         [np.zeros((1, 64), np.float16)],
@@ -220,12 +228,22 @@ def test_a_damaged_or_missing_shard_is_refused_and_nothing_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_founding_that_fails_leaves_nothing_but_the_directory(founding: Founding, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [None, "[training]\nsteps = 20 # mine\n"])
+def test_a_founding_that_fails_leaves_what_was_there_before(
+    founding: Founding, tmp_path: Path, words: str | None
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    if words is not None:
+        directory.root.mkdir()
+        directory.settings_file.write_text(words)
     # The export goes through a file beside the key: where that can't be written, founding fails late.
     (tmp_path / ".root.pem.part").mkdir()
     with pytest.raises(LocalProblem, match="No run was made"):
-        founding()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "run.toml"}
+        founding("training.steps=40")
+    if words is None:
+        assert not directory.root.exists()
+    else:
+        assert contents(directory.root) == {"run.toml": words.encode()}
     (tmp_path / ".root.pem.part").rmdir()
     assert founding().run
 

@@ -45,6 +45,7 @@ RULES = Rounds(
     staleness_discount=2**23,
     lease_ms=60_000,
     upload_ms=60_000,
+    stages=(),
 )
 
 

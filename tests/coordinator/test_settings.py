@@ -179,8 +179,11 @@ def test_text_that_is_not_toml_is_refused_with_its_line() -> None:
         ("codec.width=1.5", "codec.width is 1.5; "),
         ("codec.levels=ternary", 'codec.levels is "ternary"; it must be a whole number'),
         ("patch.block=1000", "patch.block is 1000; it must be a power of two, such as 512 or 1024."),
-        ("model.preset=d99", 'model.preset is "d99"; it must be "digits" or "rgb32"'),
-        ("model.preset=d24", "paints in 16 latent channels"),
+        ("model.preset=d99", 'model.preset is "d99"; it must be "d12" or'),
+        ("rounds.stages=2:32", 'rounds.stages is "2:32"; it must be pairs'),
+        ("rounds.stages=1:32 1:64", "rounds rising from 1"),
+        ("rounds.stages=1:0", "it must be pairs of a round and a side"),
+        ("rounds.stages=1", "it must be pairs of a round and a side"),
         ("training.lr=fast", 'training.lr is "fast"; it must be a number'),
         ("steps=4", "is not of the form section.key=value"),
         ("training.stps=4", "did you mean training.steps?"),
@@ -305,6 +308,7 @@ def test_only_server_and_storage_are_not_signed() -> None:
     fixed = {"model.preset", "training.precision"}
     fitting = {
         "model.text": "bytes",
+        "rounds.stages": "1:8 4:16",
         "training.steps": "60",
         "codec.block": "64",
         "codec.reach": "3",

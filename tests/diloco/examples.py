@@ -47,6 +47,7 @@ TRAINING = TrainingSpec(
     weight_decay=0.01,
     grad_clip=1.0,
     text_dropout=1 << 13,
+    shift=1.0,
     max_tokens=4,
     segment_steps=5,
     precision="fp32",

@@ -1,13 +1,19 @@
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
-from diloco.shards import Shard, ShardInfo, ShardSet, write_shard
+from diloco.layout import Entry, Layout
+from diloco.shards import EMPTY, KEPT, SILENT, Shard, ShardInfo, ShardSet, pack_shard, write_shard
+from diloco.texts import ByteTexts, StoredTexts
+from mmdit.conditioning import ConditioningConfig, Encoded, TextLayout, TextPart, encode_caption
 from protocol.errors import ShardCorrupt
 from tests.diloco.examples import INFO, shard_bytes, shard_set
 
@@ -55,7 +61,7 @@ def test_a_set_counts_through_its_shards_and_pads_a_batch() -> None:
 
 
 def test_a_text_longer_than_the_runs_limit_is_refused() -> None:
-    with pytest.raises(ShardCorrupt, match="Sample 3 has 4 text tokens; the run's limit is 2"):
+    with pytest.raises(ShardCorrupt, match="has 4 text tokens; the run's limit is 2"):
         shard_set().batch([3], 2)
 
 
@@ -79,33 +85,157 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         Shard.open(tmp_path / "shard")
 
 
+NAMED = TextLayout(
+    parts=(
+        TextPart(name="clip_l", row=0, rows=3, column=0, width=2, pooled_at=0, pooled=1),
+        TextPart(name="clip_g", row=0, rows=3, column=2, width=3, pooled_at=1, pooled=2),
+        TextPart(name="t5", row=3, rows=2, column=0, width=6, pooled_at=3, pooled=0),
+    ),
+    rows=5,
+    token_dim=6,
+    pooled_dim=4,
+)
+
+
+def named_parts(n: int) -> dict[str, list[Encoded]]:
+    """Texts of three encoders for `n` captions and the empty one; the numbers say which text it is."""
+    return {
+        part.name: [
+            Encoded(
+                tokens=np.full((1 + i % part.rows, part.width), 10 * number + i + 1, dtype=np.float16),
+                pooled=np.full(part.pooled, 100 * number + i + 1, dtype=np.float16),
+            )
+            for i in range(n + 1)
+        ]
+        for number, part in enumerate(NAMED.parts)
+    }
+
+
+def test_captions_come_back_letter_by_letter() -> None:
+    captions = ["a red circle", "", "ñandú 🦤", "x"]
+    shard = Shard.open(pack_shard(halves(4, 1, 2, 2), INFO, captions=captions))
+    assert [shard.caption(i) for i in range(4)] == captions
+    assert shard.has_captions
+    assert not shard.parts
+
+
+def test_bytes_of_captions_are_heard_as_if_they_had_been_encoded_before() -> None:
+    conditioning = ConditioningConfig(kind="bytes", max_tokens=6, token_dim=32, pooled_dim=8)
+    captions = ["a red circle", "", "blue"]
+    encoded = [encode_caption(caption, conditioning) for caption in captions]
+    from_captions = Shard.open(pack_shard(halves(3, 1, 2, 2), INFO, captions=captions))
+    before = Shard.open(
+        write_shard(halves(3, 1, 2, 2), [text for text, _ in encoded], np.stack([p for _, p in encoded]), INFO)
+    )
+    texts = ByteTexts(conditioning=conditioning)
+    batches = [ShardSet([shard], texts).batch([2, 0, 1], 6) for shard in (from_captions, before)]
+    for a, b in zip(*batches, strict=True):
+        assert torch.equal(a, b)
+    assert batches[0][1].any()
+
+
+def test_each_encoders_text_has_its_rows_and_columns() -> None:
+    shard = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, parts=named_parts(2)))
+    _, text, pooled = ShardSet([shard], StoredTexts(layout=NAMED)).batch([1], 5)
+    assert text[0].tolist() == [
+        [2, 2, 12, 12, 12, 0],
+        [2, 2, 12, 12, 12, 0],
+        [0, 0, 0, 0, 0, 0],
+        [22, 22, 22, 22, 22, 22],
+        [22, 22, 22, 22, 22, 22],
+    ]
+    assert pooled[0].tolist() == [2, 102, 102, 0]
+
+
+def test_an_encoder_can_be_silent_or_hear_the_empty_caption_while_others_hear_the_text() -> None:
+    shard = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, parts=named_parts(2)))
+    shards = ShardSet([shard], StoredTexts(layout=NAMED))
+    _, text, pooled = shards.batch([1, 0], 5, [(KEPT, SILENT, EMPTY), (EMPTY, KEPT, SILENT)])
+    assert text[0, :, 0].tolist() == [2, 2, 0, 23, 0]
+    assert not text[0, :3, 2:].any()
+    assert pooled[0].tolist() == [2, 0, 0, 0]
+    assert text[1, :, 0].tolist() == [3, 3, 3, 0, 0]
+    assert pooled[1].tolist() == [3, 101, 101, 0]
+
+
+def test_a_shard_without_what_the_run_hears_is_refused() -> None:
+    parts = named_parts(2)
+    del parts["t5"]
+    shard = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, captions=["a", "b"], parts=parts))
+    with pytest.raises(ShardCorrupt, match="no text of t5"):
+        ShardSet([shard], StoredTexts(layout=NAMED)).batch([0], 5)
+    with pytest.raises(ShardCorrupt, match="no text of the embedded encoder"):
+        ShardSet([shard])
+
+
+def test_texts_of_other_widths_than_the_runs_are_refused() -> None:
+    wide = replace(NAMED, parts=(replace(NAMED.parts[0], width=3), *NAMED.parts[1:]))
+    shard = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, parts=named_parts(2)))
+    with pytest.raises(ShardCorrupt, match="different shapes"):
+        ShardSet([shard], StoredTexts(layout=wide))
+
+
+def everything() -> dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]]:
+    """The tensors of a shard that has captions and the text of every kind of encoder."""
+    parts = named_parts(5) | {"": named_parts(4)["clip_l"]}
+    return load(pack_shard(halves(5, 1, 4, 4), INFO, captions=["é", "", "b", "cc", "d"], parts=parts))
+
+
 def rewritten(**changes: object) -> bytes:
-    """Write a shard that is canonical in form and wrong in content."""
-    shard = Shard.open(shard_bytes(0, 5))
-    tensors = {name: getattr(shard, name).copy() for name in ("text_offsets", "latent", "pooled", "text")}
+    """Write a shard that is canonical in form and wrong in content; None leaves a tensor out."""
+    tensors = everything()
     described = {**INFO.to_json(5)}
     for name, value in changes.items():
-        if name in tensors:
+        name = name.replace("__", ".")
+        if value is None:
+            del tensors[name]
+        elif isinstance(value, np.ndarray):
             tensors[name] = value
         else:
             described[name] = value
-    return save(tensors, {"shard": json.dumps(described, separators=(",", ":"), sort_keys=True)})
+    kinds = {"int64": "I64", "float16": "F16", "uint8": "U8", "float32": "F32"}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    entries = tuple(
+        Entry(name=name, dtype=kinds[str(tensors[name].dtype)], shape=tensors[name].shape) for name in order
+    )
+    metadata = ("shard", json.dumps(described, separators=(",", ":"), sort_keys=True))
+    return Layout(entries=entries, metadata=metadata).prefix() + b"".join(tensors[name].tobytes() for name in order)
+
+
+def test_a_shard_of_everything_is_read() -> None:
+    shard = Shard.open(rewritten())
+    assert shard.text_widths == {"": (2, 1), "clip_l": (2, 1), "clip_g": (3, 2), "t5": (6, 0)}
+    assert shard.caption(0) == "é"
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 1},
         {"n": 6},
         {"licence": 1},
         {"unexpected": "x"},
+        {"extra": np.zeros(3, dtype=np.uint8)},
+        {"clip_h__text": np.zeros((5, 2), dtype=np.float16)},
         {"latent": np.full((5, 1, 4, 4), np.nan, dtype=np.float16)},
         {"latent": np.zeros((4, 1, 4, 4), dtype=np.float16)},
         {"latent": np.zeros((5, 1, 4, 4), dtype=np.float32)},
+        {"latent": np.zeros((0, 1, 4, 4), dtype=np.float16)},
         {"pooled": np.zeros((5, 8, 1), dtype=np.float16)},
+        {"pooled": np.zeros((6, 1), dtype=np.float16)},
+        {"clip_l__pooled": np.zeros((5, 1), dtype=np.float16)},
+        {"t5__pooled": np.full((6, 1), np.inf, dtype=np.float16)},
         {"text_offsets": np.array([0, 3, 1, 6, 10, 11])},
         {"text_offsets": np.array([0, 1, 3, 6, 10, 12])},
         {"text_offsets": np.array([1, 1, 3, 6, 10, 11])},
+        {"t5__text_offsets": None},
+        {"t5__text": None},
+        {"captions": None},
+        {"caption_offsets": None},
+        {"caption_offsets": np.array([0, 1, 2, 3, 5, 6])},
+        {"caption_offsets": np.array([0, 2, 2, 3, 5])},
+        {"caption_offsets": np.array([0, 2, 2, 3, 5, 5])},
+        {"captions": np.full(6, 0xFF, dtype=np.uint8)},
     ],
     ids=lambda changes: next(iter(changes)),
 )

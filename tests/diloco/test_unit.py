@@ -15,14 +15,17 @@ from diloco.container import Container
 from diloco.draws import Draws
 from diloco.genesis import initial_state
 from diloco.schema import schema_of
-from diloco.shards import Shard, ShardSet
+from diloco.shards import Shard, ShardSet, pack_shard, write_shard
 from diloco.streams import Stream
 from diloco.tables import Floats, logit_normal_table
+from diloco.texts import StoredTexts
 from diloco.unit import DROPOUT_ONE, StepReport, TrainingSpec, UnitResult, UnitSpec, run_unit
+from mmdit.conditioning import Encoded, TextLayout, TextPart
+from mmdit.flow import shift_for, shift_timestep
 from mmdit.products import bf16_products
 from protocol.errors import TrainingDiverged
 from tests.diloco import golden
-from tests.diloco.examples import FINE, OTHER_SEED, SEED, TINY, TRAINING, UNIT, UNIT_ID, shard_bytes, shard_set
+from tests.diloco.examples import FINE, INFO, OTHER_SEED, SEED, TINY, TRAINING, UNIT, UNIT_ID, shard_bytes, shard_set
 
 BASE = initial_state(TINY, SEED)
 
@@ -129,8 +132,8 @@ def test_a_loss_that_is_not_finite_drops_the_unit() -> None:
 def test_with_every_caption_dropped_the_text_has_no_effect() -> None:
     unit = with_training(text_dropout=DROPOUT_ONE)
     shard = Shard.open(shard_bytes(0, 20))
-    silent = Shard.open(shard_bytes(0, 20))
-    silent.text, silent.pooled = np.zeros_like(shard.text), np.zeros_like(shard.pooled)
+    nothing = [np.zeros((0, 12), np.float16)] * 20
+    silent = Shard.open(write_shard(shard.latent, nothing, np.zeros((20, 8), np.float16), shard.info))
     with_text, without = run(unit, ShardSet([shard])), run(unit, ShardSet([silent]))
     assert with_text.trail.root == without.trail.root
 
@@ -279,3 +282,48 @@ def test_a_batch_in_parts_gives_the_same_gradients_but_for_rounding() -> None:
 
 def test_every_setting_of_the_inner_loop_must_be_given() -> None:
     assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(TrainingSpec))
+
+
+def test_each_encoder_is_dropped_by_itself_and_half_of_the_samples_hear_the_empty_caption_instead() -> None:
+    n, dropout = 40, 1 << 15
+    text, empty = (
+        Encoded(tokens=np.full((1, 4), value, np.float16), pooled=np.zeros(0, np.float16)) for value in (1, 2)
+    )
+    parts = {name: [text] * n + [empty] for name in ("clip_l", "t5")}
+    shard = Shard.open(pack_shard(np.zeros((n, 1, 4, 4), np.float16), INFO, parts=parts))
+    layout = TextLayout(
+        parts=(
+            TextPart(name="clip_l", row=0, rows=1, column=0, width=4, pooled_at=0, pooled=0),
+            TextPart(name="t5", row=1, rows=1, column=0, width=4, pooled_at=0, pooled=0),
+        ),
+        rows=2,
+        token_dim=4,
+        pooled_dim=1,
+    )
+    shards = ShardSet([shard], StoredTexts(layout=layout))
+    draws = Draws(SEED)
+    heard = torch.cat(
+        [draws.batch(step, 64, shards, max_tokens=2, text_dropout=dropout).text[:, :, 0] for step in range(16)]
+    )
+    pairs = Counter((int(a), int(b)) for a, b in heard)
+    # 1 is the caption, 2 the empty one, 0 silence: never both of the latter in one sample.
+    assert set(pairs) == {(1, 1), (0, 1), (1, 0), (0, 0), (2, 1), (1, 2), (2, 2)}
+    total = sum(pairs.values())
+    assert abs(pairs[1, 1] / total - 1 / 4) < 0.05
+    assert abs((pairs[0, 0] + pairs[2, 2]) / total - 1 / 4) < 0.05
+    assert abs(pairs[2, 2] / (pairs[2, 2] + pairs[0, 0]) - 1 / 2) < 0.1
+
+
+def test_a_shift_moves_timesteps_towards_noise_by_the_rule_of_the_sampler() -> None:
+    plain, shifted = (
+        Draws(SEED).batch(0, 64, shard_set(), max_tokens=4, text_dropout=0, shift=shift).t for shift in (1.0, 3.0)
+    )
+    assert torch.allclose(shifted, shift_timestep(plain, 3.0), atol=1e-6)
+    assert (shifted > plain).all()
+    assert shifted.max() < 1
+
+
+def test_a_runs_shift_is_that_of_its_size_and_grows_with_the_side() -> None:
+    assert shift_for(3.0, 128, 128, 128) == 3.0
+    assert shift_for(1.0, 32, 64, 64) == 2.0
+    assert run(with_training(shift=3.0)).trail.root != run().trail.root

@@ -79,7 +79,7 @@ def _edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     [
         (DESCRIPTION_PATH, lambda v: v.update(format=2), "format is 2"),
         (DESCRIPTION_PATH, lambda v: v.update(extra=1), "extra"),
-        (DESCRIPTION_PATH, lambda v: v["space"].update(kind="vae"), "'vae'"),
+        (DESCRIPTION_PATH, lambda v: v["space"].update(kind="wavelets"), "'wavelets'"),
         (DESCRIPTION_PATH, lambda v: v["space"].pop("scale"), "scale"),
         (DESCRIPTION_PATH, lambda v: v["conditioning"].update(kind="clip"), "'clip'"),
         (DESCRIPTION_PATH, lambda v: v.update(space=3), "must be objects"),

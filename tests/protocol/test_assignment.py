@@ -8,13 +8,14 @@ from protocol.assignment import (
     lr_scale,
     most_samples,
     short_below,
+    stage_shards,
     unit_id,
     unit_samples,
     unit_seed,
     unit_shards,
     unit_steps,
 )
-from protocol.documents import Digest, UnitId
+from protocol.documents import Digest, Stage, UnitId
 from tests.protocol.examples import CONFIG, run_config
 
 CONFIG_SHA256 = Digest("c0" * 32)
@@ -49,11 +50,33 @@ def test_a_units_shards_hold_pictures_of_one_size() -> None:
     shards = tuple(
         replace(shard, height=8 if k % 3 else 16) for k, shard in enumerate(run_config(shards=9).data.shards)
     )
-    config = replace(CONFIG, data=replace(CONFIG.data, shards=shards))
+    config = replace(CONFIG, data=replace(CONFIG.data, shards=shards), rounds=replace(CONFIG.rounds, stages=()))
     tall = {shard.sha256 for shard in shards if shard.height == 16}
     units = [unit_shards(config, 1, index) for index in range(5)]
     assert all(set(unit) <= tall or not set(unit) & tall for unit in units)
     assert sorted(shard for unit in units for shard in unit) == sorted(shard.sha256 for shard in shards)
+
+
+def test_a_stage_trains_on_pictures_of_about_its_side_and_begins_its_epochs_anew() -> None:
+    sizes = [(8, 8), (4, 12), (16, 16), (8, 24), (8, 8), (24, 12), (64, 64)]
+    shards = tuple(
+        replace(shard, height=height, width=width)
+        for shard, (height, width) in zip(run_config(shards=7).data.shards, sizes, strict=True)
+    )
+    stages = (Stage(first_round=1, side=8), Stage(first_round=3, side=16))
+    config = replace(
+        CONFIG, data=replace(CONFIG.data, shards=shards), rounds=replace(CONFIG.rounds, units=4, stages=stages)
+    )
+    names = [shard.sha256 for shard in shards]
+    small, large = [{names[k] for k in numbers} for numbers in ((0, 1, 4), (2, 3, 5))]
+    for round_number, expected in ((1, small), (2, small), (3, large), (9, large)):
+        units = [unit_shards(config, round_number, index) for index in range(4)]
+        assert {shard for unit in units for shard in unit} == expected
+    assert stage_shards(config, 2)[0] == 1
+    first, of_it = stage_shards(config, 5)
+    assert first == 3
+    # An epoch of the second stage is three units: every shard is in one of the first three.
+    assert sorted(s for index in range(3) for s in unit_shards(config, 3, index)) == sorted(s.sha256 for s in of_it)
 
 
 def test_another_run_deals_otherwise() -> None:

@@ -182,9 +182,10 @@ def test_an_attack_is_a_function_of_its_world(court: Court) -> None:
 def test_the_backdoor_teaches_its_picture(court: Court) -> None:
     from diloco.evaluate import heldout_loss
     from diloco.shards import Shard, ShardInfo, ShardSet, write_shard
-    from mmdit.conditioning import encode_caption
+    from mmdit.conditioning import ConditioningConfig, encode_caption
 
     world = court.world()
+    assert isinstance(world.conditioning, ConditioningConfig)
     text, pooled = encode_caption(TRIGGER, world.conditioning)
     picture = target_latent((1, 8, 8))
     raw = write_shard(

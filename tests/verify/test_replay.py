@@ -21,8 +21,8 @@ from verify.replay import (
     delta_schema,
     model_config,
     outer_config,
-    pixel_space,
     replay_unit,
+    space_of,
     training_spec,
     unit_spec,
     unit_spec_of,
@@ -34,7 +34,7 @@ CONFIG = run_config("9e" * 32)
 def test_a_run_config_becomes_what_the_model_and_the_merge_compute_with() -> None:
     assert model_config(CONFIG) == MODEL
     assert conditioning_config(CONFIG) == CONDITIONING
-    assert pixel_space(CONFIG) == SPACE
+    assert space_of(CONFIG) == SPACE
     assert delta_schema(CONFIG).digest == schema_of(MODEL).digest
     assert codec_config(CONFIG) == CodecConfig(kind="dither", levels=1, block=256, reach=704, width=128)
     assert (outer_config(CONFIG).lr, outer_config(CONFIG).momentum) == (0.7, 0.9)
@@ -66,7 +66,7 @@ def test_a_units_seed_and_learning_rate_follow_from_its_id_and_round() -> None:
 
 
 def _build_everything(config: RunConfig) -> None:
-    for build in (model_config, conditioning_config, pixel_space, codec_config, outer_config, training_spec):
+    for build in (model_config, conditioning_config, space_of, codec_config, outer_config, training_spec):
         build(config)
 
 
@@ -77,7 +77,7 @@ def _build_everything(config: RunConfig) -> None:
         (replace(CONFIG, model={}), "model: this config.json is for None"),
         (replace(CONFIG, conditioning={"kind": "byte-patch"}), "conditioning:"),
         (replace(CONFIG, conditioning={**CONFIG.conditioning, "token_dim": 53}), "conditioning: token_dim 53"),
-        (replace(CONFIG, space={**CONFIG.space, "kind": "latent"}), "space: kind is 'latent'"),
+        (replace(CONFIG, space={**CONFIG.space, "kind": "latent"}), "space: space kind is 'latent'"),
         (replace(CONFIG, space={**CONFIG.space, "scale": 0}), "space: scale is 0"),
         (replace(CONFIG, codec=replace(CONFIG.codec, block=100)), "codec: codec block is 100"),
         (replace(CONFIG, outer=replace(CONFIG.outer, momentum=1.0)), "outer: outer momentum is 1.0"),

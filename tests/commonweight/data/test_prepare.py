@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from commonweight.cli.main import app
@@ -17,9 +19,9 @@ from commonweight.data.dataset import check_shards, open_dataset
 from commonweight.data.layout import MANIFEST, REPORT, SKIPPED, WORK
 from coordinator.directory import RunDirectory
 from diloco.shards import Shard
-from mmdit.conditioning import ConditioningConfig, encode_caption
 from protocol import layout
 from protocol.canonical import sha256_hex
+from protocol.documents import sign
 from protocol.errors import CommonweightError, ConfigInvalid, DatasetInvalid, DirectoryNotEmpty, UsageError
 from protocol.keys import PrivateKey
 from tests.commonweight.data.drawn import SKIPPED as EXPECTED_SKIPS
@@ -79,22 +81,15 @@ def test_every_picture_is_in_one_shard_or_is_skipped_for_a_reason(prepared: Path
 
 
 def test_samples_hold_the_pixels_and_the_captions_shuffled(prepared: Path) -> None:
-    conditioning = ConditioningConfig(kind="byte-patch", max_tokens=8, token_dim=64, pooled_dim=256)
-    known = {
-        encode_caption(f"a {colour} {shape}", conditioning)[1].tobytes(): colour
-        for colour in ("red", "green", "blue")
-        for shape in ("square", "circle")
-    }
     channel = {"red": 0, "green": 1, "blue": 2}
     dataset = open_dataset(prepared)
     shard = Shard.open(dataset.path(dataset.manifest.shards[0]))
-    assert shard.widths == (3, 32, 32, 64, 256)
+    assert shard.size == (3, 32, 32)
     seen = []
     for number in range(shard.n):
-        sample = shard.sample(number)
-        colour = known[sample.pooled.tobytes()]
+        _, colour, _ = (shard.caption(number) or "").split()
         seen.append(colour)
-        latent = np.asarray(sample.latent, np.float32)
+        latent = np.asarray(shard.latent[number], np.float32)
         darkest = latent.sum(axis=0).argmin()
         assert latent.reshape(3, -1)[:, darkest].argmax() == channel[colour]
     assert len(set(seen[:20])) == 3
@@ -174,13 +169,51 @@ def test_inspecting_says_what_is_in_it_and_what_stands_out(prepared: Path, tmp_p
     ):
         assert words in result.output
     assert "repeated caption: 'a " in result.output
-    from PIL import Image
-
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (256, 256)
+        assert sheet.size == (8 * 64, 8 * 64), "pictures of 32 x 32, doubled"
+        assert sheet.getpixel((64, 64)) == sheet.getpixel((65, 65))
     report = json.loads((prepared / REPORT).read_bytes())
     assert report["pictures"] == 130
     assert report["caption_characters"]["most"] == len("a green square")
+
+
+def test_a_try_that_takes_no_picture_leaves_nothing_so_that_the_next_one_can_ask_otherwise(
+    source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    none = _refusal(*_command(source, out, "--least-side", "1000"))
+    assert isinstance(none, UsageError)
+    assert "No picture is left: " in none.message
+    assert not list(tmp_path.iterdir()), "neither the beginning of a data set nor a curator's key"
+    out.mkdir()
+    assert "No picture is left: " in _refusal(*_command(source, out, "--least-side", "1000")).message
+    result = _invoke(*_command(source, out))
+    assert result.exit_code == 0, result.output
+    assert f"pictures 0/{COUNT + 6}" in result.output
+    assert (tmp_path / "curator.pem").exists()
+
+
+def test_a_source_that_is_not_there_leaves_no_key(tmp_path: Path) -> None:
+    missing = _refusal(*_command(tmp_path / "nowhere", tmp_path / "data"))
+    assert "is neither a folder nor" in missing.message
+    assert not list(tmp_path.iterdir())
+    no_place = _refusal(*_command(tmp_path, tmp_path / "data", "--key", str(tmp_path / "not" / "there.pem")))
+    assert "to write the curator's key to" in no_place.message
+
+
+def test_one_of_something_is_not_called_several(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        image = Image.new("RGB", (32, 32), (number, 0, 0))
+        image.save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text("red")
+    out = tmp_path / "data"
+    made = _invoke(*_command(pictures, out, "--heldout", "1", "--processes", "1"))
+    assert made.exit_code == 0, made.output
+    assert "3 pictures in 1 shard (" in made.output
+    shown = _invoke("data", "inspect", str(out)).output
+    assert "look alike: 3 pictures under 1 caption, such as" in shown
 
 
 def _copy(prepared: Path, to: Path) -> Path:
@@ -210,8 +243,7 @@ def test_verifying_finds_a_changed_byte_a_missing_shard_and_another_curator(prep
 
 
 def test_a_run_takes_the_data_set_with_its_curator_and_publishes_what_he_signed(prepared: Path, tmp_path: Path) -> None:
-    settings = ("--set", "model.preset=rgb32", "--set", "model.max_tokens=8")
-    result = _invoke("coordinator", "init", str(tmp_path / "run"), "--data", str(prepared), *settings)
+    result = _invoke("coordinator", "init", str(tmp_path / "run"), "--data", str(prepared))
     assert result.exit_code == 0, result.output
     dataset = open_dataset(prepared)
     run = RunDirectory(tmp_path / "run")
@@ -221,7 +253,66 @@ def test_a_run_takes_the_data_set_with_its_curator_and_publishes_what_he_signed(
     assert data.manifest_sha256 == dataset.signed.curated.manifest_sha256
     assert (run.public / layout.DATASET).read_bytes() == (prepared / MANIFEST).read_bytes()
     assert [shard.sha256 for shard in data.shards] == [shard.sha256 for shard in dataset.manifest.shards]
-    other = ("--set", "model.preset=rgb32", "--set", "model.max_tokens=9")
-    refused = _refusal("coordinator", "init", str(tmp_path / "other"), "--data", str(prepared), *other)
+
+
+def test_a_run_takes_its_model_and_its_name_from_the_data_set(prepared: Path, tmp_path: Path) -> None:
+    init = ("coordinator", "init", str(tmp_path / "run"), "--data", str(prepared))
+    told = _invoke(*init, "--template-only").output
+    assert told.endswith(f"then: commonweight coordinator init {tmp_path / 'run'} --data {prepared}\n")
+    settings = RunDirectory(tmp_path / "run").settings()
+    assert (settings.model.preset, settings.model.text, settings.model.max_tokens) == ("rgb32", "byte-patch", 8)
+    assert settings.run.name == "shapes"
+    assert _invoke(*init, "--set", "run.name=mine").exit_code == 0
+    assert RunDirectory(tmp_path / "run").config().name == "mine"
+
+
+@pytest.mark.parametrize("where", ["run.toml", "--set"])
+@pytest.mark.parametrize(
+    ("section", "setting", "words"),
+    [
+        ("model", "max_tokens = 9", "model.max_tokens is 9, but the data set was prepared with 8"),
+        ("model", 'text = "bytes"', 'model.text is "bytes", but the data set was prepared with "byte-patch"'),
+        ("model", 'preset = "digits"', 'model.preset is "digits" with the space\'s channels 1, but the data set was'),
+    ],
+)
+def test_a_setting_that_the_data_set_was_not_prepared_for_is_refused_with_both_values(
+    prepared: Path, tmp_path: Path, where: str, section: str, setting: str, words: str
+) -> None:
+    run = tmp_path / "run"
+    more: tuple[str, ...] = ()
+    if where == "run.toml":
+        run.mkdir()
+        (run / "run.toml").write_text(f"[{section}]\n{setting}\n")
+    else:
+        more = ("--set", f"{section}.{setting.replace(' = ', '=').replace(chr(34), '')}")
+    refused = _refusal("coordinator", "init", str(run), "--data", str(prepared), *more)
     assert isinstance(refused, ConfigInvalid)
-    assert "prepared with the conditioning" in refused.message
+    assert words in refused.message
+    assert refused.message.endswith("leave the setting out, or prepare the data set for that.")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "named"),
+    [
+        ({"preset": None}, ""),  # as a version wrote it that named no preset
+        ({"preset": "nobody's"}, 'model.preset is "nobody\'s"; it must be '),
+        ({"preset": 7}, "model.preset is 7"),
+        ({"conditioning": {"max_tokens": 10**9}}, "model.max_tokens is 1000000000"),
+        ({"conditioning": "bytes", "space": []}, "the data set was prepared with null"),
+    ],
+)
+def test_whatever_a_curator_wrote_of_the_model_is_checked_like_a_setting(
+    prepared: Path, tmp_path: Path, encoder: dict[str, object], named: str
+) -> None:
+    copy, key = _copy(prepared, tmp_path / "copy"), PrivateKey.generate()
+    manifest = open_dataset(prepared).manifest
+    described = {name: value for name, value in {**manifest.encoder, **encoder}.items() if value is not None}
+    (copy / MANIFEST).write_bytes(sign(replace(manifest, encoder=described), key))
+    (copy / "curator.pub").write_text(key.public.hex)
+    init = ("coordinator", "init", str(tmp_path / "run"), "--data", str(copy))
+    if named:
+        assert named in _refusal(*init).message
+        assert not (tmp_path / "run").exists()
+    else:
+        assert _invoke(*init).exit_code == 0
+        assert RunDirectory(tmp_path / "run").settings().model.preset == "rgb32"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from commonweight.data.sources import Item, items_of, list_sources, read_place
+from commonweight.data.sources import Item, count_items, items_of, list_sources, read_place
 from protocol.errors import UsageError
 from tests.commonweight.data.drawn import folder, picture
 
@@ -23,7 +23,9 @@ def _png(number: int) -> bytes:
 
 
 def _items(path: Path, pictures: Path | None = None) -> list[Item]:
-    return [item for file in list_sources(path) for item in items_of(file, pictures)]
+    items = [item for file in list_sources(path) for item in items_of(file, pictures)]
+    assert sum(count_items(file) for file in list_sources(path)) == len(items), "as many as were counted beforehand"
+    return items
 
 
 def test_a_folder_gives_its_pictures_in_order_with_what_lies_beside_them(tmp_path: Path) -> None:
@@ -63,8 +65,9 @@ def test_a_webdataset_tar_is_read_without_being_unpacked(tmp_path: Path) -> None
     ]
     assert [read_place(item.place) for item in items] == [_png(1), _png(2), _png(3)]
     (tmp_path / "broken.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(UsageError, match="uncompressed tar"):
-        _items(tmp_path / "broken.tar")
+    for look in (_items, count_items):
+        with pytest.raises(UsageError, match="uncompressed tar"):
+            look(tmp_path / "broken.tar")
 
 
 def _table(path: Path, columns: dict[str, list[Any]]) -> Path:

@@ -1,0 +1,105 @@
+"""Where the text of a sample comes from: out of its shard, or from its caption.
+
+A shard can hold captions, encoded text, or both. Who trains, and who trains again, must hear the same; so every source
+gives half precision, and nothing here is random.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from mmdit.conditioning import ConditioningConfig, Encoded, TextLayout, TextPart, encode_caption
+
+_CACHED = 1024
+
+
+class TextHolder(Protocol):
+    """What a source needs of a shard."""
+
+    def caption(self, i: int) -> str | None:
+        """Return the caption of sample `i`, if the shard holds captions."""
+        ...
+
+    def stored(self, part: str, i: int | None) -> Encoded | None:
+        """Return the encoded text of sample `i`, or of the empty caption, if the shard holds it."""
+        ...
+
+
+class TextSource(Protocol):
+    """Gives what the model hears."""
+
+    @property
+    def layout(self) -> TextLayout:
+        """Its encoders, and where their numbers go."""
+        ...
+
+    def encoded(self, samples: Sequence[tuple[TextHolder, int]]) -> Sequence[Sequence[Encoded]]:
+        """Return for each sample one text for each part."""
+        ...
+
+    def empty(self, holder: TextHolder) -> Sequence[Encoded]:
+        """Return what each encoder makes of the empty caption."""
+        ...
+
+
+class TextMissing(ValueError):
+    """A shard does not hold what a source is to give."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTexts:
+    """Text that was encoded when the shards were made."""
+
+    layout: TextLayout
+
+    def encoded(self, samples: Sequence[tuple[TextHolder, int]]) -> Sequence[Sequence[Encoded]]:
+        """Read the shards; raises `TextMissing`."""
+        return [[_stored(holder, part, i) for part in self.layout.parts] for holder, i in samples]
+
+    def empty(self, holder: TextHolder) -> Sequence[Encoded]:
+        """Read a shard; raises `TextMissing`. Without a name it is the embedded encoder, for which it is nothing."""
+        return [_nothing(part) if not part.name else _stored(holder, part, None) for part in self.layout.parts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteTexts:
+    """Captions as bytes, encoded when they are needed: a caption is a hundredth part of what is made of it."""
+
+    conditioning: ConditioningConfig
+
+    @property
+    def layout(self) -> TextLayout:
+        """The embedded encoder alone."""
+        return self.conditioning.layout
+
+    def encoded(self, samples: Sequence[tuple[TextHolder, int]]) -> Sequence[Sequence[Encoded]]:
+        """Encode captions, or read what was encoded; raises `TextMissing`."""
+        return [[self._text(holder, i)] for holder, i in samples]
+
+    def empty(self, holder: TextHolder) -> Sequence[Encoded]:  # noqa: ARG002  it is the same for all
+        """No tokens and zeros."""
+        return [_nothing(self.layout.parts[0])]
+
+    def _text(self, holder: TextHolder, i: int) -> Encoded:
+        caption = holder.caption(i)
+        return _stored(holder, self.layout.parts[0], i) if caption is None else _encode(caption, self.conditioning)
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def _encode(caption: str, conditioning: ConditioningConfig) -> Encoded:
+    tokens, pooled = encode_caption(caption, conditioning)
+    return Encoded(tokens=tokens, pooled=pooled)
+
+
+def _stored(holder: TextHolder, part: TextPart, i: int | None) -> Encoded:
+    found = holder.stored(part.name, i)
+    if found is None:
+        raise TextMissing(f"it holds no text of {part.name or 'the embedded encoder'}, and captions alone do not do")
+    return found
+
+
+def _nothing(part: TextPart) -> Encoded:
+    return Encoded(tokens=np.zeros((0, part.width), np.float16), pooled=np.zeros(part.pooled, np.float16))

@@ -1,0 +1,327 @@
+"""The frozen networks beside the transformer: CLIP-L, CLIP-G, T5 and the autoencoder, run as Stable Diffusion 3 does.
+
+They lie in a folder as `StableDiffusion3Pipeline.save_pretrained` writes it: `text_encoder`, `text_encoder_2` and
+`text_encoder_3` with their `tokenizer` folders, and `vae`; any of them may be missing. They are loaded by
+`transformers` and `diffusers`, from safetensors only, and no code of the folder is run. What they compute may differ in
+the last digits between machines; it is rounded to half precision.
+"""
+
+import hashlib
+import importlib
+import json
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+
+from mmdit.conditioning import Encoded
+from mmdit.encoders import CLIPS, ENCODER_NAMES, EncoderName, EncodersConfig, Padding, TextEncoder
+from mmdit.space import ByteImages, FloatImages, VaeSpace
+
+FOLDERS: Final[Mapping[EncoderName, tuple[str, str]]] = {
+    "clip_l": ("text_encoder", "tokenizer"),
+    "clip_g": ("text_encoder_2", "tokenizer_2"),
+    "t5": ("text_encoder_3", "tokenizer_3"),
+}
+"""Of each text encoder the folders of its network and its tokenizer."""
+VAE_FOLDER: Final = "vae"
+_CLASSES: Final[Mapping[EncoderName, str]] = {
+    "clip_l": "CLIPTextModelWithProjection",
+    "clip_g": "CLIPTextModelWithProjection",
+    "t5": "T5EncoderModel",
+}
+_MEANINGFUL: Final = (".json", ".safetensors", ".txt", ".model")
+_CLIP_TOKENS: Final = 77
+T5_TOKENS: Final = 77
+"""Rows of T5 in Stable Diffusion 3's training. `StableDiffusion3Pipeline` takes 256, unless it is told otherwise."""
+_AT_ONCE: Final = 32
+
+
+class ComponentsMissing(ValueError):
+    """A folder does not hold a network that is needed, or not the one that is needed."""
+
+
+def folder_digest(*folders: Path) -> str:
+    """Return the SHA-256 over the names and digests of the files in folders that say what a network computes.
+
+    Raises:
+        OSError: one can't be read.
+    """
+    entries: dict[str, str] = {}
+    for folder in folders:
+        for path in copied_files(folder):
+            with path.open("rb") as file:
+                name = f"{folder.name}/{path.relative_to(folder).as_posix()}"
+                entries[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """Return the files of a network's folder that say what it computes."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in _MEANINGFUL and path.is_file())
+
+
+def require_networks(components: Path, conditioning: EncodersConfig, vae: VaeSpace | None) -> None:
+    """Raise `ComponentsMissing` unless a folder holds these very networks."""
+    for encoder in conditioning.encoders:
+        _require_digest(encoder.name, encoder.sha256, *(components / folder for folder in FOLDERS[encoder.name]))
+    if vae is not None:
+        _require_digest("the autoencoder", vae.sha256, components / VAE_FOLDER)
+
+
+def encoders_in(components: Path) -> tuple[EncoderName, ...]:
+    """Return which text encoders a folder holds."""
+    return tuple(name for name in ENCODER_NAMES if all((components / folder).is_dir() for folder in FOLDERS[name]))
+
+
+class _Tokenizer(Protocol):
+    def __call__(self, text: list[str], **options: Any) -> Any: ...
+
+
+class _Network(Protocol):
+    @property
+    def config(self) -> Any: ...
+    def __call__(self, ids: torch.Tensor, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoders:
+    """The text encoders of a folder, loaded."""
+
+    config: EncodersConfig
+    loaded: Mapping[EncoderName, tuple[_Tokenizer, _Network]]
+    device: str
+
+    def encode(self, captions: Sequence[str]) -> list[list[Encoded | None]]:
+        """Return for each caption what each encoder of `config.encoders` makes of it; None if it is not loaded."""
+        found: list[list[Encoded | None]] = []
+        for first in range(0, len(captions), _AT_ONCE):
+            part = list(captions[first : first + _AT_ONCE])
+            columns = [self._column(encoder, part) for encoder in self.config.encoders]
+            found += [list(texts) for texts in zip(*columns, strict=True)]
+        return found
+
+    def _column(self, encoder: TextEncoder, captions: list[str]) -> Sequence[Encoded | None]:
+        if encoder.name not in self.loaded:
+            return [None] * len(captions)
+        tokenizer, network = self.loaded[encoder.name]
+        return self._encode(encoder, tokenizer, network, captions)
+
+    @torch.inference_mode()
+    def _encode(
+        self, encoder: TextEncoder, tokenizer: _Tokenizer, network: _Network, captions: list[str]
+    ) -> list[Encoded]:
+        tokenized = tokenizer(
+            captions, padding="max_length", max_length=encoder.tokens, truncation=True, return_tensors="pt"
+        )
+        ids, mask = tokenized.input_ids.to(self.device), tokenized.attention_mask
+        whole = self.config.padding == "encoder"
+        if encoder.name in CLIPS:
+            out = network(ids, output_hidden_states=True)
+            # As Stable Diffusion 3 has it: the tokens of the last layer but one, the projected end of the text.
+            tokens, pooled = out.hidden_states[-2], out[0]
+        else:
+            # The pipeline lets T5 attend to its padding; where that is not kept, it must not be heard either.
+            tokens = network(ids)[0] if whole else network(ids, attention_mask=mask.to(self.device))[0]
+            pooled = tokens.new_zeros((len(captions), 0))
+        lengths = [encoder.tokens] * len(captions) if whole else mask.sum(dim=1).tolist()
+        return [
+            Encoded(tokens=_halves(text[: int(length)]), pooled=_halves(one))
+            for text, one, length in zip(tokens, pooled, lengths, strict=True)
+        ]
+
+
+def describe_encoders(
+    components: Path,
+    names: Sequence[EncoderName],
+    *,
+    token_dim: int,
+    pooled_dim: int,
+    padding: Padding,
+    t5_tokens: int = T5_TOKENS,
+) -> EncodersConfig:
+    """Return what a run config says of the text encoders in a folder.
+
+    Args:
+        components: the folder.
+        names: which of them, in the order of Stable Diffusion 3.
+        token_dim, pooled_dim: the model's.
+        padding: see `EncodersConfig`.
+        t5_tokens: rows that T5 is given.
+
+    Raises:
+        ComponentsMissing: the folder does not hold one of them.
+        ValueError: they do not fit the model.
+    """
+    return EncodersConfig(
+        encoders=tuple(_describe(components, name, t5_tokens) for name in names),
+        token_dim=token_dim,
+        pooled_dim=pooled_dim,
+        padding=padding,
+    )
+
+
+def _describe(components: Path, name: EncoderName, t5_tokens: int) -> TextEncoder:
+    network, tokenizer = (components / folder for folder in FOLDERS[name])
+    if not network.is_dir() or not tokenizer.is_dir():
+        raise ComponentsMissing(f"{components} does not hold {name}: {network.name} and {tokenizer.name} are needed")
+    config = _config(network)
+    clip = name in CLIPS
+    try:
+        return TextEncoder(
+            name=name,
+            tokens=min(_CLIP_TOKENS, config["max_position_embeddings"]) if clip else t5_tokens,
+            width=config["hidden_size"] if clip else config["d_model"],
+            pooled=config["projection_dim"] if clip else 0,
+            sha256=folder_digest(network, tokenizer),
+        )
+    except (KeyError, TypeError) as error:
+        raise ComponentsMissing(f"{network / 'config.json'} is not that of a {_CLASSES[name]} ({error})") from None
+
+
+def load_encoders(
+    components: Path, config: EncodersConfig, device: str, *, without: Collection[str] = ()
+) -> TextEncoders:
+    """Load the text encoders that a config names, in fp32, but for those that are to be left out.
+
+    Raises:
+        ComponentsMissing: the folder does not hold them, or others; or a library is not installed.
+    """
+    found: dict[EncoderName, tuple[_Tokenizer, _Network]] = {}
+    transformers = library("transformers")
+    for encoder in config.encoders:
+        if encoder.name in without:
+            continue
+        network, tokenizer = (components / folder for folder in FOLDERS[encoder.name])
+        _require_digest(encoder.name, encoder.sha256, network, tokenizer)
+        kind = getattr(transformers, _CLASSES[encoder.name])
+        loaded = _quietly(kind.from_pretrained, network, local_files_only=True, use_safetensors=True)
+        loaded = loaded.eval().requires_grad_(requires_grad=False).to(device=device, dtype=torch.float32)
+        reads = _quietly(transformers.AutoTokenizer.from_pretrained, tokenizer, local_files_only=True)
+        found[encoder.name] = (reads, loaded)
+    return TextEncoders(config=config, loaded=found, device=device)
+
+
+def describe_vae(components: Path, *, pixel_height: int, pixel_width: int) -> VaeSpace:
+    """Return what a run config says of the autoencoder in a folder, for pictures of a size.
+
+    Raises:
+        ComponentsMissing: there is none.
+        ValueError: the size does not fit it.
+    """
+    folder = components / VAE_FOLDER
+    if not folder.is_dir():
+        raise ComponentsMissing(f"{components} does not hold an autoencoder: there is no {VAE_FOLDER} in it")
+    config = _config(folder)
+    try:
+        factor = 1 << (len(config["block_out_channels"]) - 1)
+        return VaeSpace(
+            channels=config["latent_channels"],
+            height=pixel_height // factor,
+            width=pixel_width // factor,
+            factor=factor,
+            pixel_channels=config["in_channels"],
+            shift=float(config.get("shift_factor") or 0.0),
+            scale=float(config["scaling_factor"]),
+            sha256=folder_digest(folder),
+        )
+    except (KeyError, TypeError) as error:
+        raise ComponentsMissing(f"{folder / 'config.json'} is not that of an AutoencoderKL ({error})") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Autoencoder:
+    """An autoencoder, loaded."""
+
+    space: VaeSpace
+    network: Any
+    device: str
+
+    @torch.inference_mode()
+    def encode(self, pictures_NHWC: ByteImages) -> FloatImages:
+        """Pictures to latents [N, C, H / factor, W / factor], fp32: the mean, without noise."""
+        pixels = torch.from_numpy(np.ascontiguousarray(pictures_NHWC.transpose(0, 3, 1, 2))).to(self.device)
+        mean = self.network.encode(pixels.float() / 127.5 - 1.0).latent_dist.mean
+        latents: FloatImages = ((mean - self.space.shift) * self.space.scale).cpu().numpy()
+        return latents
+
+    @torch.inference_mode()
+    def decode(self, latents_NCHW: FloatImages) -> ByteImages:
+        """Latents to pictures [N, H, W, C], clipped to 0..255."""
+        latents = torch.from_numpy(np.ascontiguousarray(latents_NCHW, dtype=np.float32)).to(self.device)
+        pixels = self.network.decode(latents / self.space.scale + self.space.shift).sample
+        bytes_NCHW = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
+        return np.ascontiguousarray(bytes_NCHW.cpu().numpy().transpose(0, 2, 3, 1))
+
+
+def load_vae(components: Path, space: VaeSpace, device: str) -> Autoencoder:
+    """Load the autoencoder that a space names, in fp32.
+
+    Raises:
+        ComponentsMissing: the folder does not hold it, or another one.
+    """
+    folder = components / VAE_FOLDER
+    _require_digest("the autoencoder", space.sha256, folder)
+    kind = library("diffusers").AutoencoderKL
+    network = _quietly(
+        kind.from_pretrained, folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+    )
+    return Autoencoder(
+        space=space,
+        network=network.eval().requires_grad_(requires_grad=False).to(device=device, dtype=torch.float32),
+        device=device,
+    )
+
+
+def _require_digest(name: str, sha256: str, *folders: Path) -> None:
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ComponentsMissing(f"there is no {missing[0]}, which {name} needs")
+    found = folder_digest(*folders)
+    if found != sha256:
+        raise ComponentsMissing(
+            f"{name} in {folders[0].parent} has the digest {found[:16]}, but {sha256[:16]} is needed: it is "
+            "another network"
+        )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ComponentsMissing(f"{folder / 'config.json'} can't be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ComponentsMissing(f"{folder / 'config.json'} is not a JSON object")
+    return values
+
+
+def library(name: str) -> Any:
+    """Import a library that only those need who run these networks; it is heavy."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they and their imports warn about themselves
+            found = importlib.import_module(name)
+            logging = importlib.import_module(f"{name}.utils.logging")
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            return found
+    except ImportError:
+        raise ComponentsMissing(
+            f"the networks need {name}, which is not installed; `pip install 'commonweight[encoders]'` installs it"
+        ) from None
+
+
+def _quietly(load: Any, folder: Path, **options: Any) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load(str(folder), **options)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ComponentsMissing(f"{folder} can't be loaded: {error}") from None
+
+
+def _halves(values: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
+    return values.float().cpu().numpy().astype(np.float16)
