@@ -10,12 +10,12 @@ steps of their time over ours; above 1 ours is quicker. Times are processor time
 machine the same as wall time) and wall time on a GPU.
 
 Where the gain comes from on a CPU. In fp32 three quarters of the time are matrix products, the same MKL calls on both
-sides; the gain lies in the rest: a GELU whose backward pass is one product, one pass each for a modulation and a gate, the patch embedding as a product, text queries that nothing reads left out,
-freed memory that is kept instead of cleared anew. Where captions are padded with zeros, as ours are, all zeros of a
-sample are computed once (`mmdit.silence`), which saves products too. In bf16, on a processor without bf16 instructions, nearly all of it
-is that the same numbers go through the fp32 product (`mmdit.products`); torch's own bf16 products take up to a hundred
-times as long there. The rows "bf16 against fp32" therefore compare with the quickest that diffusers can do on such a
-processor, which is to train in fp32.
+sides. The gain lies in the rest: a GELU whose backward pass is one product, one pass each for a modulation and a gate,
+the patch embedding as a product, text queries that nothing reads left out, freed memory that is kept instead of cleared
+anew. Where text is padded with zeros, all zeros of a sample are computed once (`mmdit.silence`), which saves products
+too. In bf16, on a processor without bf16 instructions, nearly all of it is that the same numbers go through the fp32
+product (`mmdit.products`); torch's own bf16 products take up to a hundred times as long there. The rows "bf16 against
+fp32" therefore compare with the quickest that diffusers can do on such a processor, which is to train in fp32.
 """
 
 import argparse

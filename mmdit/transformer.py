@@ -35,7 +35,9 @@ class Block(nn.Module):
         self.ff = FeedForward(hidden, device=device)
         self.ff_context = None if last else FeedForward(hidden, device=device)
 
-    def forward(self, x_BLD: Tensor, text_BMD: Tensor, act_BD: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BLD: Tensor, text_BMD: Tensor, act_BD: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Update both streams; the last block returns the text as it came.
 
         Args:
