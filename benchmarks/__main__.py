@@ -3,7 +3,19 @@
 import subprocess
 import sys
 
-NAMES = ("train_step", "merge", "upload", "verify", "attacks", "fleet", "codec", "convergence", "links")
+NAMES = (
+    "train_step",
+    "memory",
+    "data",
+    "merge",
+    "upload",
+    "verify",
+    "attacks",
+    "fleet",
+    "codec",
+    "convergence",
+    "links",
+)
 
 
 def main() -> int:

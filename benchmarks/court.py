@@ -16,6 +16,7 @@ from benchmarks.report import Report
 from diloco.codec import EncodedDelta, encode
 from diloco.container import Container, write_container
 from diloco.determinism import set_precision
+from diloco.execution import Execution
 from diloco.sketch import sketch
 from diloco.unit import run_unit
 from verify.attacks import ATTACKS, AttackKind, AttackWorld, Delta, norm, world_of
@@ -39,7 +40,7 @@ class Court:
         run = (unit.spec, MODEL, base, unit.shards)
         self.own = run_unit(*run, device="cpu", on_step=None).delta
         self.encoded = self.encode(self.own)
-        replica = self.encode(run_unit(*run, device="cpu", on_step=None, parts=2).delta)
+        replica = self.encode(run_unit(*run, device="cpu", on_step=None, execution=Execution(parts=2)).delta)
         self._seed = hashlib.sha256(b"replica" + unit.spec.seed).digest()
         self._replica = sketch(replica.decoded_chunks(), self._seed)
 

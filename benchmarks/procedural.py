@@ -292,6 +292,7 @@ def _training(steps: int, batch: int, precision: Literal["fp32", "bf16"], eps: f
         shift=1.0,
         segment_steps=5,
         precision=precision,
+        optimizer="adamw",
     )
 
 

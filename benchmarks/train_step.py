@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from benchmarks.report import Report
 from diloco.determinism import set_precision
 from diloco.draws import Batch
-from diloco.unit import TrainingSpec, _adamw, _train_step
+from diloco.execution import Execution
+from diloco.unit import TrainingSpec, make_trainer
 from mmdit.config import MMDiTConfig
 from mmdit.flow import flow_loss_B
 from mmdit.presets import PRESETS, of_depth
@@ -160,16 +161,20 @@ def _training(case: Case) -> TrainingSpec:
         max_tokens=case.tokens,
         segment_steps=1,
         precision=case.precision,
+        optimizer="adamw",
     )
 
 
 def _our_step(case: Case) -> Callable[[], float]:
     set_precision(case.device, 1)
-    torch.manual_seed(0)
-    training, drawn, model = _training(case), _batch(case), MMDiT(case.config).to(case.device)
-    parameters = dict(sorted(model.named_parameters()))
-    optimizer = _adamw(training, parameters)
-    return lambda: _train_step(model, parameters, optimizer, drawn, training, _LR, 1)
+    drawn, base = _batch(case), {name: tensor.numpy() for name, tensor in _weights(case.config).items()}
+    trainer = make_trainer(_training(case), case.config, base, device=case.device, execution=Execution())
+
+    def step() -> float:
+        (loss,) = trainer.step(drawn, _LR)
+        return float(loss.item())
+
+    return step
 
 
 def _their_step(case: Case) -> Callable[[], float]:
@@ -206,14 +211,18 @@ def _their_step(case: Case) -> Callable[[], float]:
     return step
 
 
+def _weights(config: MMDiTConfig) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return MMDiT(config).state_dict()
+
+
 def _reference(case: Case) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers and its imports warn about themselves
         diffusers: Any = importlib.import_module("diffusers")  # it has no types
         model = diffusers.SD3Transformer2DModel.from_config(case.config.to_diffusers())
     assert isinstance(model, nn.Module)
-    torch.manual_seed(0)
-    model.load_state_dict(MMDiT(case.config).state_dict(), strict=True)
+    model.load_state_dict(_weights(case.config), strict=True)
     return model.to(case.device).train()
 
 

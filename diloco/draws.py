@@ -1,5 +1,7 @@
 """What one training step draws: samples, noise, timesteps, and which captions are dropped. All from the unit's seed."""
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +41,23 @@ class Batch:
             Batch(latent=latent, text=text, pooled=pooled, noise=noise, t=t)
             for latent, text, pooled, noise, t in zip(*columns, strict=True)
         )
+
+
+def in_turn(draw: Callable[[int], Batch], steps: int, *, ahead: bool) -> Iterator[Batch]:
+    """Yield the batches of all steps; with `ahead` the next one is drawn in a thread while the last one is used.
+
+    Nothing that is drawn depends on when it is drawn.
+    """
+    if not ahead:
+        yield from map(draw, range(steps))
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="draws") as pool:
+        coming = pool.submit(draw, 0)
+        for step in range(steps):
+            batch = coming.result()
+            if step + 1 < steps:
+                coming = pool.submit(draw, step + 1)
+            yield batch
 
 
 class Draws:

@@ -9,12 +9,16 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from functools import partial
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import torch
 
-from diloco.draws import Batch, Draws
+from diloco.draws import Batch, Draws, in_turn
+from diloco.execution import PLAIN, Execution
+from diloco.narrow import NarrowTrainer
+from diloco.optimizers import OPTIMIZERS, OptimizerName, OptimizerSettings, make_optimizer
 from diloco.shards import ShardSet
 from diloco.streams import SEED_BYTES
 from diloco.tables import Floats
@@ -48,6 +52,7 @@ class TrainingSpec:
         segment_steps: steps between two entries of the trail.
         precision: "fp32", with TF32 off; or "bf16": weights and AdamW in fp32, forward and backward pass on bf16 copies
             of weights and inputs, timesteps and loss in fp32. One run has one precision; replays of bf16 agree less.
+        optimizer: "adamw", or "adamw-factored" with half its memory; see `diloco.optimizers`.
     """
 
     steps: int
@@ -64,6 +69,7 @@ class TrainingSpec:
     max_tokens: int
     segment_steps: int
     precision: Literal["fp32", "bf16"]
+    optimizer: OptimizerName
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "segment_steps", "max_tokens"):
@@ -85,6 +91,8 @@ class TrainingSpec:
             )
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision is {self.precision!r}; this version trains in 'fp32' or 'bf16'")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}; this version knows {' and '.join(OPTIMIZERS)}")
 
     def lr_at(self, step: int, lr_scale: float) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -135,7 +143,7 @@ def run_unit(
     *,
     device: str,
     on_step: Callable[[StepReport], None] | None,
-    parts: int = 1,
+    execution: Execution = PLAIN,
 ) -> UnitResult:
     """Train one unit from a base checkpoint.
 
@@ -145,8 +153,7 @@ def run_unit(
         base: the checkpoint's tensors, fp32, by diffusers' names, with the position-embedding buffer.
         device: "cpu" or "cuda".
         on_step: called after each step; may raise to abandon the unit.
-        parts: equal parts of each batch that pass through the model one after another, for devices with little memory.
-            The gradients are the same sums in another order: it changes rounding, not what is computed.
+        execution: what the device does about its memory; it changes rounding, not what is computed.
 
     Raises:
         TrainingDiverged: a loss or a weight is not finite.
@@ -154,28 +161,26 @@ def run_unit(
         ValueError: `base` does not fit `config`, or the batch has no such number of equal parts.
     """
     training = spec.training
-    if parts < 1 or training.batch % parts:
-        raise ValueError(f"a batch of {training.batch} cannot be cut into {parts} equal parts")
-    model = build(config, base, device=device)
-    model.train()
-    # One order for optimiser, trail and delta: the schema's.
-    parameters = dict(sorted(model.named_parameters()))
-    optimizer = _adamw(training, parameters)
+    if training.batch % execution.parts:
+        raise ValueError(f"a batch of {training.batch} cannot be cut into {execution.parts} equal parts")
+    trainer = make_trainer(training, config, base, device=device, execution=execution)
+    parameters = trainer.masters
     draws = Draws(spec.seed)
     shift = shift_for(training.shift, config.sample_size, *shards.shards[0].size[1:])
     losses: list[float] = []
     segments: list[Segment] = []
-    for step in range(training.steps):
-        drawn = draws.batch(
-            step,
-            training.batch,
-            shards,
-            max_tokens=training.max_tokens,
-            text_dropout=training.text_dropout,
-            shift=shift,
-        )
+    draw = partial(
+        draws.batch,
+        size=training.batch,
+        shards=shards,
+        max_tokens=training.max_tokens,
+        text_dropout=training.text_dropout,
+        shift=shift,
+    )
+    # A GPU works while the CPU draws; a CPU that trains has no core to spare.
+    for step, drawn in enumerate(in_turn(draw, training.steps, ahead=device != "cpu")):
         lr = training.lr_at(step, spec.lr_scale)
-        losses.append(_train_step(model, parameters, optimizer, drawn.to(device), training, lr, parts))
+        losses.append(math.fsum(float(loss.item()) for loss in trainer.step(drawn, lr)))
         if not math.isfinite(losses[-1]):
             raise TrainingDiverged(
                 f"The loss became {losses[-1]} at step {step + 1} of {training.steps}; unit dropped."
@@ -193,31 +198,92 @@ def run_unit(
     )
 
 
-def _adamw(training: TrainingSpec, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
-    # fused=True is fixed, not left to torch's choice of the day: it exists on CPU and CUDA in every torch that we
-    # admit, does the same arithmetic on both, and is the quickest for models of many small tensors.
-    return torch.optim.AdamW(
-        list(parameters.values()),
+class StepTrainer(Protocol):
+    """A model in training: its fp32 weights by name, in the schema's order, and one step of them."""
+
+    masters: dict[str, torch.nn.Parameter]
+
+    def step(self, drawn: Batch, lr: float) -> list[torch.Tensor]:
+        """Make one step on a batch (on the CPU); return the loss of each of its parts, which add up to the batch's."""
+        ...
+
+
+def make_trainer(
+    training: TrainingSpec, config: MMDiTConfig, base: Mapping[str, Floats], *, device: str, execution: Execution
+) -> StepTrainer:
+    """Return the model of a unit before its first step.
+
+    Raises:
+        ValueError: `base` does not fit `config`.
+    """
+    if execution.keeping == "whole":
+        return WholeTrainer(training, config, base, device=device, execution=execution)
+    return NarrowTrainer(
+        config,
+        base,
+        device=device,
+        dtype=_dtype(training),
+        execution=execution,
+        grad_clip=training.grad_clip,
+        make_optimizer=partial(_optimizer, training),
+    )
+
+
+class WholeTrainer:
+    """Everything on the device, all tensors updated in one call."""
+
+    def __init__(
+        self,
+        training: TrainingSpec,
+        config: MMDiTConfig,
+        base: Mapping[str, Floats],
+        *,
+        device: str,
+        execution: Execution,
+    ) -> None:
+        self._training = training
+        self._parts = execution.parts
+        self._model = build(config, base, device=device).train()
+        self._model.checkpointing = execution.checkpointing
+        # One order for optimiser, trail and delta: the schema's.
+        self.masters = dict(sorted(self._model.named_parameters()))
+        self._optimizer = _optimizer(training, list(self.masters.values()))
+
+    def step(self, drawn: Batch, lr: float) -> list[torch.Tensor]:
+        """See `StepTrainer`."""
+        return _train_step(self._model, self.masters, self._optimizer, drawn, self._training, lr, self._parts)
+
+
+def _dtype(training: TrainingSpec) -> torch.dtype:
+    return torch.bfloat16 if training.precision == "bf16" else torch.float32
+
+
+def _optimizer(training: TrainingSpec, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    settings = OptimizerSettings(
+        name=training.optimizer,
+        mean_dtype=_dtype(training),
         lr=training.lr,
-        betas=(training.beta1, training.beta2),
+        beta1=training.beta1,
+        beta2=training.beta2,
         eps=training.eps,
         weight_decay=training.weight_decay,
-        fused=True,
     )
+    return make_optimizer(settings, parameters)
 
 
 def _train_step(
     model: MMDiT,
     parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     drawn: Batch,
     training: TrainingSpec,
     lr: float,
     parts: int,
-) -> float:
+) -> list[torch.Tensor]:
     optimizer.zero_grad(set_to_none=True)
     losses: list[torch.Tensor] = []
-    for part in drawn.parts(parts):
+    device = str(next(iter(parameters.values())).device)
+    for part in (each.to(device) for each in drawn.parts(parts)):
         predict = _in_bf16(model, parameters) if training.precision == "bf16" else model
         loss = flow_loss_B(predict, part.latent, part.text, part.pooled, part.noise, part.t).mean()
         if parts > 1:
@@ -228,7 +294,7 @@ def _train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    return math.fsum(float(loss.item()) for loss in losses)
+    return losses
 
 
 def _in_bf16(model: MMDiT, parameters: Mapping[str, torch.nn.Parameter]) -> VelocityModel:

@@ -242,20 +242,20 @@ class Autoencoder:
     device: str
 
     @torch.inference_mode()
-    def encode(self, pictures_NHWC: ByteImages) -> FloatImages:
+    def encode(self, pictures_BHWC: ByteImages) -> FloatImages:
         """Pictures to latents [N, C, H / factor, W / factor], fp32: the mean, without noise."""
-        pixels = torch.from_numpy(np.ascontiguousarray(pictures_NHWC.transpose(0, 3, 1, 2))).to(self.device)
+        pixels = torch.from_numpy(np.ascontiguousarray(pictures_BHWC.transpose(0, 3, 1, 2))).to(self.device)
         mean = self.network.encode(pixels.float() / 127.5 - 1.0).latent_dist.mean
         latents: FloatImages = ((mean - self.space.shift) * self.space.scale).cpu().numpy()
         return latents
 
     @torch.inference_mode()
-    def decode(self, latents_NCHW: FloatImages) -> ByteImages:
+    def decode(self, latents_BCHW: FloatImages) -> ByteImages:
         """Latents to pictures [N, H, W, C], clipped to 0..255."""
-        latents = torch.from_numpy(np.ascontiguousarray(latents_NCHW, dtype=np.float32)).to(self.device)
+        latents = torch.from_numpy(np.ascontiguousarray(latents_BCHW, dtype=np.float32)).to(self.device)
         pixels = self.network.decode(latents / self.space.scale + self.space.shift).sample
-        bytes_NCHW = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
-        return np.ascontiguousarray(bytes_NCHW.cpu().numpy().transpose(0, 2, 3, 1))
+        bytes_BCHW = ((pixels + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
+        return np.ascontiguousarray(bytes_BCHW.cpu().numpy().transpose(0, 2, 3, 1))
 
 
 def load_vae(components: Path, space: VaeSpace, device: str) -> Autoencoder:

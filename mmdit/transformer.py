@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from mmdit.attention import Attention, JointAttention
 from mmdit.config import MMDiTConfig
@@ -73,12 +74,14 @@ class MMDiT(nn.Module):
     """The transformer: latent, text and timestep in, velocity out.
 
     `MMDiT(config, device="meta")` allocates nothing. A fresh instance holds torch's default random weights; training
-    starts from `mmdit.initial.initial_weights` through `build`.
+    starts from `mmdit.initial.initial_weights` through `build`. With `checkpointing` a block keeps only what enters it,
+    and is computed again for its gradients.
     """
 
     def __init__(self, config: MMDiTConfig, *, device: str | None = None) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
         hidden = config.hidden_size
         self.pos_embed = PatchEmbed(config, device=device)
         self.time_text_embed = TimeTextEmbed(config.pooled_projection_dim, hidden, device=device)
@@ -110,7 +113,8 @@ class MMDiT(nn.Module):
         text_BMD = apply_linear(self.context_embedder, text_BMD)
         for block in self.transformer_blocks:
             assert isinstance(block, Block)
-            x_BLD, text_BMD = block.forward(x_BLD, text_BMD, act_BD, mask)
+            run = _computed_again if self.checkpointing else Block.forward
+            x_BLD, text_BMD = run(block, x_BLD, text_BMD, act_BD, mask)
         scale, shift = self.norm_out.forward(act_BD)
         patches_BLP = apply_linear(self.proj_out, modulate(layer_norm(x_BLD), shift, scale))
         return self._unpatchify(patches_BLP, latent_BCHW.shape[-2:])
@@ -119,6 +123,19 @@ class MMDiT(nn.Module):
         p, channels = self.config.patch_size, self.config.out_channels
         grid = patches_BLP.view(-1, size[0] // p, size[1] // p, p, p, channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, size[0], size[1])
+
+
+def _computed_again(
+    block: Block, x_BLD: Tensor, text_BMD: Tensor, act_BD: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # Who calls the model with other weights (`functional_call`) takes them away again before the backward pass.
+    weights = dict(block.named_parameters())
+    inputs = (x_BLD, text_BMD, act_BD, mask)
+    # Nothing in a block is random.
+    result: tuple[Tensor, Tensor] = checkpoint(
+        torch.func.functional_call, block, weights, inputs, use_reentrant=False, preserve_rng_state=False
+    )
+    return result
 
 
 def trainable_schema(config: MMDiTConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:

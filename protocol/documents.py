@@ -265,6 +265,7 @@ class Training:
     shift: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     segment_steps: Positive
     precision: Literal["fp32", "bf16"]
+    optimizer: Literal["adamw", "adamw-factored"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -449,6 +449,12 @@ class CacheTooSmall(LocalProblem):
     code = "CACHE_TOO_SMALL"
 
 
+class MemoryTooSmall(LocalProblem):
+    """The run's units do not fit the memory of this machine; `commonweight worker doctor` says what does."""
+
+    code = "MEMORY_TOO_SMALL"
+
+
 class KeyUnreadable(LocalProblem):
     """A key file is missing or damaged."""
 

@@ -133,6 +133,7 @@ def training_spec(config: RunConfig, steps: int | None = None) -> TrainingSpec:
             "max_tokens": conditioning_config(config).max_tokens,
             "segment_steps": training.segment_steps,
             "precision": training.precision,
+            "optimizer": training.optimizer,
         },
     )
 

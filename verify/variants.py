@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diloco.checkpoint import TensorFile, write_checkpoint
 from diloco.container import write_container
 from diloco.determinism import set_precision
+from diloco.execution import Execution
 from diloco.shards import Shard, ShardSet
 from diloco.tables import Floats
 from diloco.unit import run_unit
@@ -119,7 +120,7 @@ def train_variant(
             shards,
             device=variant.device,
             on_step=None,
-            parts=variant.parts,
+            execution=Execution(parts=variant.parts),
         )
     return result.delta
 

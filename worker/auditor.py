@@ -139,7 +139,7 @@ async def _admitted(
     )
     if library is None:
         return None
-    await make_ready(training, machine, station.reporter)
+    await make_ready(training, machine, config, station.reporter)
     return Auditing(
         client=client,
         config=config,

@@ -7,6 +7,9 @@ hex; times are seconds; every text is for a person. Other fields may be added; w
                  the coordinator proved to speak for the run and opened a session; waiting_units: finished units on disk
     ready        device, threads, repeatable, reason, seconds
                  torch is loaded, the self-test passed, precision is set
+    planned      parts, checkpointing, keeping, device_bytes, host_bytes, sentence
+                 how units will be trained in the memory that is free; keeping: "whole", "narrow" or "host", where
+                 weights, gradients and moments are; bytes: that a unit takes, counted beforehand
     lease        lease, unit, round, index, steps, base_checkpoint, remaining_seconds
                  a unit was leased (the same one again after a crash)
     downloaded   file, bytes, seconds
@@ -97,6 +100,23 @@ class Ready:
     def line(self) -> str:
         """Return the event as a sentence."""
         return f"Ready to train on {self.device} with {self.threads} CPU threads."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """How units will be trained in the memory that is free."""
+
+    NAME: ClassVar[str] = "planned"
+    parts: int
+    checkpointing: bool
+    keeping: str
+    device_bytes: int
+    host_bytes: int
+    sentence: str
+
+    def line(self) -> str:
+        """Return the event as a sentence."""
+        return self.sentence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,8 +353,8 @@ class Failed:
 
 
 EVENTS: Final[tuple[type[Event], ...]] = (
-    Connected, Ready, Leased, Downloaded, Step, Trained, Claimed, Sending, Uploaded, VerdictCame, Waiting, HandedBack,
-    Refused, Stopping, Finished, Failed,
+    Connected, Ready, Planned, Leased, Downloaded, Step, Trained, Claimed, Sending, Uploaded, VerdictCame, Waiting,
+    HandedBack, Refused, Stopping, Finished, Failed,
 )  # fmt: skip
 """Every event, in the order of the table above."""
 

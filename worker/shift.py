@@ -44,6 +44,7 @@ class Shift:
         stop: Stop,
     ) -> None:
         self._machine = machine
+        self._config = config
         self._reporter = reporter
         self._stop = stop
         self._training = OneThread("training")
@@ -125,7 +126,7 @@ class Shift:
         return ending.sentence
 
     async def _prepare(self) -> None:
-        await make_ready(self._training, self._machine, self._reporter)
+        await make_ready(self._training, self._machine, self._config, self._reporter)
         self._torch_ready.set()
 
 

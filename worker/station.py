@@ -30,7 +30,7 @@ from worker.progress import Event, Ready, Stopping
 from worker.reporters import Reporter
 from worker.stop import Stop, StopLevel
 from worker.threads import OneThread
-from worker.trainer import prepare
+from worker.trainer import plan_for, prepare
 from worker.web import host_is_public
 
 T = TypeVar("T")
@@ -112,11 +112,12 @@ class Station:
         self._break_off.ask()
 
 
-async def make_ready(training: OneThread, machine: Machine, reporter: Reporter) -> None:
-    """Load torch in the thread that will train, and say how this machine trains.
+async def make_ready(training: OneThread, machine: Machine, config: RunConfig, reporter: Reporter) -> None:
+    """Load torch in the thread that will train, and say how this machine trains the run's units.
 
     Raises:
         SelfTestFailed: it must not.
+        MemoryTooSmall: it can't.
     """
     started = time.monotonic()
     report = await training.run(prepare, machine.device, machine.threads)
@@ -129,6 +130,7 @@ async def make_ready(training: OneThread, machine: Machine, reporter: Reporter) 
             seconds=time.monotonic() - started,
         )
     )
+    reporter.report(await training.run(plan_for, config, machine.device))
 
 
 def wall_ms() -> int:

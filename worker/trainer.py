@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from protocol.documents import Artifact, Claim, ClaimReceipt, Digest, Lease, RunConfig, UnitId, digest_of, sign
-from protocol.errors import AnswerInvalid, CheckpointCorrupt, DeltaTruncated, LocalProblem
+from protocol.errors import AnswerInvalid, CheckpointCorrupt, DeltaTruncated, MemoryTooSmall
 from protocol.keys import PrivateKey
 from protocol.layout import ROLE_DELTA
+from worker.progress import Planned
 
 if TYPE_CHECKING:
     from diloco.codec import EncodedDelta
@@ -57,6 +58,25 @@ def prepare(device: str, threads: int) -> "PrecisionReport":
     return set_precision(device, threads)
 
 
+def plan_for(config: RunConfig, device: str) -> Planned:
+    """Return how units would be trained in the memory that is free now; each plans for itself when it begins.
+
+    Raises:
+        MemoryTooSmall: they can't be.
+    """
+    from worker.plan import plan_unit, room_of, work_of
+
+    plan = plan_unit(work_of(config), room_of(device))
+    return Planned(
+        parts=plan.execution.parts,
+        checkpointing=plan.execution.checkpointing,
+        keeping=plan.execution.keeping,
+        device_bytes=plan.device_bytes,
+        host_bytes=plan.host_bytes,
+        sentence=plan.sentence(),
+    )
+
+
 def train_unit(
     config: RunConfig, lease: Lease, base: Path, shards: Sequence[Path], *, device: str, on_step: OnStep
 ) -> TrainedUnit:
@@ -68,7 +88,7 @@ def train_unit(
 
     Raises:
         AnswerInvalid: the lease does not let a delta of this run's size be uploaded.
-        LocalProblem: see `compute_unit`, like all else.
+        MemoryTooSmall: see `compute_unit`, like all else.
     """
     from diloco.codec import encode
     from verify.replay import codec_config, delta_schema, unit_spec
@@ -105,7 +125,7 @@ def compute_unit(
         TrainingDiverged, DeltaNotFinite: the result is of no use.
         CheckpointCorrupt, ShardCorrupt: the files do not have the form that the run promises.
         NumericsMismatch: this version would compute another unit.
-        LocalProblem: the device has not enough memory.
+        MemoryTooSmall: this machine has not enough memory.
         PayloadInvalid: the run's config describes something that this version can't build.
     """
     import torch
@@ -114,9 +134,11 @@ def compute_unit(
     from diloco.shards import Shard
     from diloco.unit import run_unit
     from verify.replay import check_numerics, model_config, shard_set, unit_spec_of
+    from worker.plan import GB, plan_unit, room_of, work_of
 
     check_numerics(config)
     spec, model = unit_spec_of(config, round_number, unit), model_config(config)
+    plan = plan_unit(work_of(config), room_of(device))
     tensors, samples = TensorFile.open(base).load(), shard_set(config, [Shard.open(path) for path in shards])
     try:
         return run_unit(
@@ -126,11 +148,15 @@ def compute_unit(
             samples,
             device=device,
             on_step=lambda report: on_step(report.step, report.steps, report.loss),
+            execution=plan.execution,
         )
     except ValueError as error:
         raise CheckpointCorrupt(f"The base checkpoint does not fit the run's model: {error}.") from None
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise LocalProblem(f"There is not enough memory on {device} for this run's units: {error}") from None
+        raise MemoryTooSmall(
+            f"There was not enough memory on {device} for a unit, though {plan.device_bytes / GB:.2f} GB were to be "
+            f"enough. Close other programs and start again; if that does not help, report it: {error}"
+        ) from None
 
 
 def _check_allowed_size(config: RunConfig, lease: Lease) -> None:

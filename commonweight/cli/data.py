@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from protocol.errors import DatasetInvalid, UsageError
+from protocol.errors import DatasetInvalid, DirectoryNotEmpty, UsageError
 from protocol.printing import printable
 
 if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
@@ -30,7 +30,6 @@ _MIB: Final = 1 << 20
 _MOST_CAPTION: Final = 4096
 _MOST_REPORT_BYTES: Final = 16 << 20
 _SHEET: Final = 64
-_CELL: Final = 64
 _EVERY_SECONDS: Final = 2.0
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared data set.")]
 
@@ -205,6 +204,12 @@ def inspect(
     sheet: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help=f"Write {_SHEET} pictures, from all shards, into one.")
     ] = None,
+    components: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|OWNER/NAME", help="For --sheet: folder of the autoencoder that the data set was prepared with."
+        ),
+    ] = None,
 ) -> None:
     """Say what is in a data set: pictures, sizes, licences, captions, bytes of a unit, and what looks suspicious."""
     import json
@@ -224,9 +229,37 @@ def inspect(
             lines = [f"{REPORT} can't be read"]  # nobody has signed for it
         for line in lines:
             typer.echo(printable(line))
+    for line in _fetched(dataset):
+        typer.echo(printable(line))
     if sheet is not None:
-        count = _write_sheet(dataset, sheet)
+        count = _write_sheet(dataset, sheet, components)
         typer.echo(printable(f"{sheet}: {_counted(count, 'picture')}"))
+
+
+@app.command(name="tiny-networks")
+def tiny_networks(
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where the networks go; a new directory.")],
+    preset: Annotated[str, typer.Option(help="The model that they are for, by name; see `commonweight models`.")],
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all their numbers.")] = 0,
+) -> None:
+    """Make text encoders and an autoencoder of the classes that Stable Diffusion 3 has, small and untrained.
+
+    For small runs that are to end as a whole pipeline of diffusers, and for trying things out: with the result, `data
+    prepare --components DIR --text encoders` reads captions, and `export --components DIR` writes the pipeline.
+    """
+    from commonweight.components_place import said_as_usage
+    from commonweight.tiny_components import write_tiny_components
+    from worker.durable import trouble_with
+
+    shape = _shape(preset)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DirectoryNotEmpty(f"{out} is there already; nothing was overwritten.")
+    try:
+        with said_as_usage():
+            write_tiny_components(out, shape, seed=seed)
+    except OSError as error:
+        raise trouble_with(out, error) from None
+    typer.echo(printable(f"{out}: text encoders and an autoencoder for {preset}, seed {seed}"))
 
 
 @app.command()
@@ -402,6 +435,29 @@ def _listed(counts: Sequence[tuple[str, int]]) -> str:
     return shown + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
 
 
+def _fetched(dataset: "Dataset") -> Iterator[str]:
+    """What a unit fetches with this data set, and what it would with other choices."""
+    from commonweight.data.dataset import check_shard
+    from commonweight.data.fetched import choices
+    from diloco.shards import Shard
+    from mmdit.encoders import EncodersConfig, conditioning_from_json
+    from mmdit.space import space_from_json
+
+    first = dataset.manifest.shards[0]
+    check_shard(dataset, first)
+    opened, encoder = Shard.open(dataset.path(first)), dataset.manifest.encoder
+    try:
+        conditioning, space = conditioning_from_json(encoder["conditioning"]), space_from_json(encoder["space"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DatasetInvalid(f"The manifest describes no encoder: {error}.") from None
+    own = conditioning if isinstance(conditioning, EncodersConfig) else None
+    captions = [len(opened.caption(i) or "") for i in range(opened.n)]
+    yield f"fetched for a shard of {opened.n:,} pictures: {_size(first.size)}; with other choices of text:"
+    for choice in choices(space, own, sum(captions) / opened.n):
+        total = choice.picture_bytes * opened.n
+        yield f"  {choice.name:<45} {_size(total):>9}, {_size(choice.picture_bytes):>9} a picture"
+
+
 def _suspicions(report: dict[str, object]) -> Iterator[str]:
     characters = report["caption_characters"]
     assert isinstance(characters, dict)
@@ -425,43 +481,17 @@ def _size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _write_sheet(dataset: "Dataset", path: Path) -> int:
-    """Write pictures from every shard side by side, each in a cell as large as the largest; return how many.
-
-    Small ones are enlarged, by a whole factor, to cells of about 64 pixels.
-    """
-    import math
-
-    import numpy as np
-
-    from commonweight.data.dataset import check_shard
+def _write_sheet(dataset: "Dataset", path: Path, components: str | None) -> int:
+    from commonweight.components_place import find_components, said_as_usage
+    from commonweight.data.sheet import sheet_of
     from commonweight.png import png_bytes
-    from diloco.shards import Shard
-    from mmdit.space import PixelSpace
     from worker.durable import trouble_with
 
-    shards = dataset.manifest.shards
+    place = None if components is None else find_components(components)
+    with said_as_usage():
+        sheet, count = sheet_of(dataset, place)
     try:
-        described = dict(dataset.manifest.encoder["space"])
-        space = PixelSpace(**{name: value for name, value in described.items() if name != "kind"})
-    except (KeyError, TypeError, ValueError) as error:
-        raise DatasetInvalid(f"The manifest's space can't be drawn in: {error}.") from None
-    each = math.ceil(_SHEET / len(shards))
-    found = []
-    for shard in shards[:_SHEET]:
-        check_shard(dataset, shard)
-        opened = Shard.open(dataset.path(shard))
-        found += list(space.decode(np.asarray(opened.latent[:each], dtype=np.float32)))
-    found = found[:_SHEET]
-    height, width = (max(picture.shape[axis] for picture in found) for axis in (0, 1))
-    across = math.ceil(math.sqrt(len(found)))
-    sheet = np.full((math.ceil(len(found) / across) * height, across * width, space.channels), 255, dtype=np.uint8)
-    for index, picture in enumerate(found):
-        top, left = index // across * height, index % across * width
-        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    factor = max(1, _CELL // max(height, width))
-    try:
-        path.write_bytes(png_bytes(sheet.repeat(factor, axis=0).repeat(factor, axis=1)))
+        path.write_bytes(png_bytes(sheet))
     except OSError as error:
         raise trouble_with(path, error) from None
-    return len(found)
+    return count

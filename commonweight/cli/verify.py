@@ -127,7 +127,7 @@ def replay(
     Takes your own delta of the unit if it is kept, else the one that the run merged. Exit code 0 if it is confirmed, 1
     if it is refuted.
     """
-    from commonweight.cli.worker import default_home
+    from commonweight.cli.homes import default_home
     from protocol.assignment import unit_steps
     from protocol.documents import UnitId
     from worker import evidence as finding

@@ -5,11 +5,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from commonweight.cli import doctor
+from commonweight.cli.homes import Home, default_home
 from commonweight.locate import run_id
 from protocol.errors import UsageError
 from protocol.printing import printable, printable_text
@@ -22,12 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Lend this computer's time to a run.", no_args_is_help=True)
 
 
-Home = Annotated[
-    Path | None,
-    typer.Option(
-        help="Where keys, finished work and the cache are kept; default: the user's data folder.", file_okay=False
-    ),
-]
+app.command()(doctor.doctor)
 
 
 @app.callback()
@@ -151,13 +147,6 @@ async def _start(settings: "WorkerSettings", reporter: "Reporter") -> None:
     stop = Stop()
     stop.listen()
     await run_worker(settings, reporter, ask=_ask, stop=stop)
-
-
-def default_home() -> Path:
-    """Return where the platform keeps what a program must not lose."""
-    import platformdirs
-
-    return Path(platformdirs.user_data_dir("commonweight", appauthor=False)) / "worker"
 
 
 def _ask(text: str) -> bool | None:

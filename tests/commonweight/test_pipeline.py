@@ -12,18 +12,19 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from commonweight.cli.main import app
+from commonweight.data.dataset import open_dataset
 from commonweight.tiny_components import write_tiny_components
 from coordinator.directory import RunDirectory
 from diloco.shards import Shard
 from diloco.unit import run_unit
-from mmdit.components import library
+from mmdit.components import encoders_in, library
 from mmdit.encoders import EncodersConfig
 from mmdit.export import WEIGHTS_PATH, load_checkpoint
 from mmdit.presets import PRESETS
 from protocol import layout
 from protocol.assignment import unit_id, unit_shards
 from protocol.documents import digest_of
-from protocol.errors import UsageError
+from protocol.errors import DirectoryNotEmpty, UsageError
 from verify.replay import model_config, shard_set, unit_spec_of
 
 pytestmark = pytest.mark.slow
@@ -112,7 +113,8 @@ def trained(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def redness(path: Path) -> float:
     """Mean of red less blue, -1 to 1."""
-    pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
+    with Image.open(path) as opened:
+        pixels = np.asarray(opened.convert("RGB"), dtype=np.float32) / 255
     return float((pixels[..., 0] - pixels[..., 2]).mean())
 
 
@@ -216,8 +218,6 @@ def test_several_sizes_are_prepared_for_runs_in_stages(pictures: Path, tmp_path:
         "data", "prepare", pictures, "-o", tmp_path / "data", "--preset", "rgb16", "--licence", "CC0-1.0",
         "--side", 8, "--side", 16, "--side", 32, "--heldout", 8, "--shard-mib", 0.05, "--processes", 1,
     )  # fmt: skip
-    from commonweight.data.dataset import open_dataset
-
     manifest = open_dataset(tmp_path / "data").manifest
     counts: dict[int, int] = {}
     for shard in manifest.shards:
@@ -225,3 +225,33 @@ def test_several_sizes_are_prepared_for_runs_in_stages(pictures: Path, tmp_path:
     # Half of the pictures are 20 pixels wide; eight of the large ones are held out, in every size.
     assert counts == {8: 72, 16: 72, 32: 32}
     assert manifest.heldout.height == 32
+
+
+def test_inspect_says_what_each_choice_of_text_would_have_volunteers_fetch(run: RunDirectory, tmp_path: Path) -> None:
+    data = run.root.parent / "data"
+    said = command("data", "inspect", data, "--sheet", tmp_path / "sheet.png")
+    assert "with other choices of text" in said
+    table = [line for line in said.splitlines() if line.startswith("  ")]
+    rows = {line.strip().split("  ")[0]: line.split()[-4:-2] for line in table}
+    assert list(rows) == [
+        "captions, for the embedded encoder",
+        "text of the CLIPs",
+        "text of the CLIPs, without padding, about",
+        "text of all encoders",
+        "text of all encoders, without padding, about",
+    ]
+    shard = open_dataset(data).manifest.shards[0]
+    # What is said of all encoders is what the data set has, but for offsets and the empty caption.
+    number, unit = rows["text of all encoders"]
+    bytes_a_picture = float(number) * {"kB": 1e3, "B": 1}[unit]
+    assert bytes_a_picture == pytest.approx(shard.size / shard.samples, rel=0.05)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[0] >= 64
+
+
+def test_tiny_networks_are_written_by_a_command_and_never_over_something_else(tmp_path: Path) -> None:
+    said = command("data", "tiny-networks", "-o", tmp_path / "networks", "--preset", "digits")
+    assert "an autoencoder for digits" in said
+    assert encoders_in(tmp_path / "networks") == ("clip_l", "clip_g", "t5")
+    done = CliRunner().invoke(app, ["data", "tiny-networks", "-o", str(tmp_path / "networks"), "--preset", "digits"])
+    assert isinstance(done.exception, DirectoryNotEmpty)

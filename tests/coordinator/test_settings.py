@@ -314,6 +314,7 @@ def test_only_server_and_storage_are_not_signed() -> None:
         "codec.reach": "3",
         "patch.block": "64",
         "rounds.min_units": "2",
+        "training.optimizer": "adamw-factored",
         "verification.mode": "none",
         "verification.weighting": "mean",
         "verification.norm_bound": "7.5",

@@ -51,6 +51,7 @@ TRAINING = TrainingSpec(
     max_tokens=4,
     segment_steps=5,
     precision="fp32",
+    optimizer="adamw",
 )
 UNIT = UnitSpec(seed=SEED, training=TRAINING, lr_scale=1.0)
 

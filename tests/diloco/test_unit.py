@@ -3,6 +3,7 @@ import hashlib
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diloco.codec import encode
 from diloco.container import Container
-from diloco.draws import Draws
+from diloco.draws import Draws, in_turn
+from diloco.execution import Execution
 from diloco.genesis import initial_state
 from diloco.schema import schema_of
 from diloco.shards import Shard, ShardSet, pack_shard, write_shard
@@ -23,7 +25,7 @@ from diloco.unit import DROPOUT_ONE, StepReport, TrainingSpec, UnitResult, UnitS
 from mmdit.conditioning import Encoded, TextLayout, TextPart
 from mmdit.flow import shift_for, shift_timestep
 from mmdit.products import bf16_products
-from protocol.errors import TrainingDiverged
+from protocol.errors import ShardCorrupt, TrainingDiverged
 from tests.diloco import golden
 from tests.diloco.examples import FINE, INFO, OTHER_SEED, SEED, TINY, TRAINING, UNIT, UNIT_ID, shard_bytes, shard_set
 
@@ -179,6 +181,7 @@ def test_the_learning_rate_rises_linearly_and_follows_the_units_scale() -> None:
         ("max_tokens", 0),
         ("segment_steps", 0),
         ("precision", "fp16"),
+        ("optimizer", "sgd"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(field: str, value: object) -> None:
@@ -249,7 +252,7 @@ def test_bf16_through_fp32_replays_what_bf16_kernels_trained_and_the_other_way_r
 def test_bf16_in_parts_of_a_batch_gives_the_same_gradients_but_for_rounding() -> None:
     with bf16_products(through_fp32=True):
         whole = run(IN_BF16)
-        parts = run_unit(IN_BF16, TINY, BASE, shard_set(), device="cpu", on_step=None, parts=2)
+        parts = run_unit(IN_BF16, TINY, BASE, shard_set(), device="cpu", on_step=None, execution=Execution(parts=2))
     assert 0.0 < relative_squared_difference(parts.delta, whole.delta) < 0.02**2
 
 
@@ -268,16 +271,6 @@ def test_bf16_trains_fp32_weights_to_nearly_the_same_delta() -> None:
     # Weights that were kept in bf16 would move by its coarse steps only, and small updates would be lost.
     moved = np.abs(rough.delta["proj_out.weight"])
     assert len(np.unique(moved)) > 0.9 * moved.size
-
-
-def test_a_batch_in_parts_gives_the_same_gradients_but_for_rounding() -> None:
-    whole = run()
-    for parts in (2, 4):
-        result = run_unit(UNIT, TINY, BASE, shard_set(), device="cpu", on_step=None, parts=parts)
-        assert 0.0 < relative_squared_difference(result.delta, whole.delta) < 1e-3**2
-        assert result.loss_last == pytest.approx(whole.loss_last, rel=1e-4)
-    with pytest.raises(ValueError, match="batch of 8 cannot be cut into 3"):
-        run_unit(UNIT, TINY, BASE, shard_set(), device="cpu", on_step=None, parts=3)
 
 
 def test_every_setting_of_the_inner_loop_must_be_given() -> None:
@@ -312,6 +305,22 @@ def test_each_encoder_is_dropped_by_itself_and_half_of_the_samples_hear_the_empt
     assert abs(pairs[1, 1] / total - 1 / 4) < 0.05
     assert abs((pairs[0, 0] + pairs[2, 2]) / total - 1 / 4) < 0.05
     assert abs(pairs[2, 2] / (pairs[2, 2] + pairs[0, 0]) - 1 / 2) < 0.1
+
+
+def test_batches_that_are_drawn_ahead_are_the_same_and_in_the_same_order() -> None:
+    draw = partial(Draws(SEED).batch, size=4, shards=shard_set(), max_tokens=4, text_dropout=1 << 14)
+    plain, ahead = (list(in_turn(draw, 5, ahead=ahead)) for ahead in (False, True))
+    assert len(plain) == len(ahead) == 5
+    for one, other in zip(plain, ahead, strict=True):
+        assert torch.equal(one.noise, other.noise)
+        assert torch.equal(one.text, other.text)
+    assert not torch.equal(plain[0].noise, plain[1].noise)
+
+
+def test_what_goes_wrong_while_drawing_ahead_comes_out() -> None:
+    draw = partial(Draws(SEED).batch, size=4, shards=shard_set(), max_tokens=1, text_dropout=0)
+    with pytest.raises(ShardCorrupt, match="text tokens; the run's limit is 1"):
+        list(in_turn(draw, 5, ahead=True))
 
 
 def test_a_shift_moves_timesteps_towards_noise_by_the_rule_of_the_sampler() -> None:

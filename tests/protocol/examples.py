@@ -105,6 +105,7 @@ def run_config(*, shards: int = 5, shards_per_unit: int = 2, units: int = 4, pla
             shift=1.0,
             segment_steps=20,
             precision="fp32",
+            optimizer="adamw",
         ),
         codec=Codec(kind="dither", levels=7, block=256, reach=1280, width=256),
         patch=Patch(kind="dead-zone", block=1024, threshold=256),

@@ -128,15 +128,15 @@ GOLDEN = {
     "OwnerRevocation": "4d6f00807a6db35e",
     "Endpoint": "8b84b4caeb8afd1e",
     "SessionProof": "fc816c6eddabd9b5",
-    "RunConfig": "f84d30ec0c5c82d5",
-    "Lease": "ed57156461ef70c4",
-    "Claim": "9e0f57ae37a911bf",
-    "ClaimReceipt": "8c8309e647f89e94",
-    "BytesReceipt": "b1b421a722e208b0",
-    "Verdict": "72f5a76de8f6f90e",
-    "Opinion": "1574dbb3b82853f7",
+    "RunConfig": "5b9f9b295a328638",
+    "Lease": "a46380afcbfc0413",
+    "Claim": "68093cceb84afcf3",
+    "ClaimReceipt": "4133d8ebc9401423",
+    "BytesReceipt": "1085405a6b0ddcfa",
+    "Verdict": "86bc1223cd330388",
+    "Opinion": "ed533789b4e23e74",
     "DatasetManifest": "953f990b27ab9ae3",
-    "Manifest": "4990e4df302a68ba",
+    "Manifest": "ab98ed96b7780881",
 }
 
 

@@ -156,6 +156,7 @@ def run_config(genesis_sha256: str, verification: Verification = REPLAY) -> RunC
             shift=1.0,
             segment_steps=3,
             precision="fp32",
+            optimizer="adamw",
         ),
         codec=Codec(kind="dither", levels=1, block=256, reach=704, width=128),
         patch=Patch(kind="dead-zone", block=1024, threshold=256),

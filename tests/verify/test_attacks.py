@@ -10,6 +10,7 @@ import pytest
 from benchmarks.procedural import MODEL, UNCHECKED, SmallRun, small_run, trained_weights
 from diloco.codec import CodecConfig, EncodedDelta, bf16_to_f32, dither, encode
 from diloco.container import Container, write_container
+from diloco.execution import Execution
 from diloco.schema import Schema, TensorSpec
 from diloco.streams import Stream
 from diloco.unit import run_unit
@@ -53,7 +54,9 @@ class Court:
 
     def train(self, index: int, *, parts: int = 1) -> Delta:
         unit = self.run.unit(2, index)
-        return run_unit(unit.spec, MODEL, self.base, unit.shards, device="cpu", on_step=None, parts=parts).delta
+        return run_unit(
+            unit.spec, MODEL, self.base, unit.shards, device="cpu", on_step=None, execution=Execution(parts=parts)
+        ).delta
 
     def world(self, *, known: tuple[Delta, ...] = ()) -> AttackWorld:
         return world_of(
