@@ -15,6 +15,7 @@ NAMES = (
     "codec",
     "convergence",
     "links",
+    "skills",
 )
 
 

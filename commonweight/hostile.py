@@ -29,6 +29,7 @@ from protocol.join import JoinString
 from protocol.limits import GIB
 from protocol.printing import printable_text
 from worker.daemon import WorkerSettings, run_worker
+from worker.materials import Materials
 from worker.reporters import JsonReporter
 from worker.stop import Stop
 from worker.trainer import OnStep, TrainedUnit, train_unit
@@ -74,38 +75,37 @@ class HostileTrainer:
         self._loss = _GUESSED_LOSS
 
     def __call__(
-        self, config: RunConfig, lease: Lease, base: Path, shards: Sequence[Path], *, device: str, on_step: OnStep
+        self, config: RunConfig, lease: Lease, materials: Materials, *, device: str, on_step: OnStep
     ) -> TrainedUnit:
         """Train a leased unit, or pretend to."""
-        self._bases[lease.round - 1] = base
+        self._bases[lease.round - 1] = materials.base
         if self._honest_left > 0:
             self._honest_left -= 1
-            trained = train_unit(config, lease, base, shards, device=device, on_step=on_step)
+            trained = train_unit(config, lease, materials, device=device, on_step=on_step)
             self._loss, self._honest_seconds = trained.loss, trained.seconds
         else:
-            trained = self._forge(config, lease, base, shards, device, on_step)
+            trained = self._forge(config, lease, materials, device, on_step)
             self._tell(Forged(unit=lease.unit, attack=self._attack))
-        self._earlier_shards = tuple(shards)
+        self._earlier_shards = materials.shards
         return trained
 
     def _forge(
-        self, config: RunConfig, lease: Lease, base: Path, shards: Sequence[Path], device: str, on_step: OnStep
+        self, config: RunConfig, lease: Lease, materials: Materials, device: str, on_step: OnStep
     ) -> TrainedUnit:
-        from diloco.shards import Shard
         from verify.attacks import ATTACKS, world_of
-        from verify.replay import check_numerics, shard_set
+        from verify.replay import check_numerics
 
         check_numerics(config)
         started = time.monotonic()
-        own, unit = shard_set(config, [Shard.open(path) for path in shards]), UnitId(lease.unit)
+        own, unit = materials.shard_set(config), UnitId(lease.unit)
         world = world_of(
             config,
             lease.round,
             unit,
-            base=_tensors(base),
+            base=_tensors(materials.base),
             older_base=self._older(lease.round - 1),
             shards=own,
-            other_shards=self._others(config, shards, own),
+            other_shards=self._others(config, materials.shards, own),
             device=device,
             seed=os.urandom(32),
         )

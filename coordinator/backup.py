@@ -33,7 +33,7 @@ FORMAT: Final = 1
 _CHUNK: Final = 1 << 20
 _MOST_LIST_BYTES: Final = 1 * GIB
 _HEX_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-_IMMUTABLE: Final = ("blobs/", "public/shards/", "public/checkpoints/", "public/deltas/")
+_IMMUTABLE: Final = ("blobs/", "public/shards/", "public/checkpoints/", "public/deltas/", "public/takedowns/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +155,7 @@ def _files(directory: RunDirectory) -> Iterator[Path]:
     if directory.settings_file.exists():
         yield directory.settings_file
     yield from sorted(directory.keys.iterdir())
-    for top in (directory.blobs, directory.public):
+    for top in (directory.blobs, directory.takedowns, directory.public):
         for folder, folders, names in os.walk(top):
             # Names with a dot are work in progress, and so is a checkpoint that has no manifest yet.
             folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -21,6 +21,7 @@ from coordinator.rounds import Round
 from coordinator.sessions import Session
 from coordinator.settler_client import SettlerClient
 from coordinator.staging import Staging
+from coordinator.takedowns import TakedownDesk
 from coordinator.units import UnitState
 from coordinator.uploads import Uploads
 from protocol import layout
@@ -60,6 +61,7 @@ class Control:
         publisher: Publisher,
         settler: SettlerClient,
         heldout: Path,
+        takedowns: TakedownDesk,
         writer: ThreadPoolExecutor,
     ) -> None:
         self._desk = desk
@@ -68,6 +70,7 @@ class Control:
         self._publisher = publisher
         self._settler = settler
         self._heldout = heldout
+        self._takedowns = takedowns
         self._writer = writer
         self._clock_floor_ms = 0
         self.uploads = Uploads(
@@ -331,6 +334,7 @@ class Control:
             "weigh",
             base=str(self._publisher.directory(plan.round - 1) / layout.WEIGHTS),
             heldout=str(self._heldout),
+            heldout_without=await asyncio.to_thread(self._takedowns.heldout_left_out, plan.round - 1),
             seed=plan.seed,
             entries=[
                 {
@@ -358,10 +362,14 @@ class Control:
                 raise HistoryDiffers(f"Checkpoint {number} was published with other deltas than the database names.")
             await asyncio.to_thread(self._publisher.point_to, number)
         weights = published.manifest.file(layout.WEIGHTS)
-        sha256 = published.sha256
+        sha256, takedowns = published.sha256, published.manifest.takedowns_sha256
         await self.decide(
             lambda desk: settling.record_published(
-                desk, number, manifest_sha256=sha256, weights_sha256=Digest(weights.sha256)
+                desk,
+                number,
+                manifest_sha256=sha256,
+                weights_sha256=Digest(weights.sha256),
+                takedowns_sha256=takedowns,
             )
         )
         logger.info("checkpoint %d published", number, extra={"action": "published"})
@@ -413,9 +421,16 @@ class Control:
         assert previous is not None  # a round starts from a published checkpoint
         previous_sha256, snapshot = previous.sha256, previous.manifest.snapshot
         state = publisher.state_of(files)
+        takedowns = await asyncio.to_thread(self._takedowns.list_for, number, previous.manifest)
         manifest = await self.decide(
             lambda desk: settling.manifest_of(
-                desk, merging, previous_sha256=previous_sha256, snapshot=snapshot, files=files, state=state
+                desk,
+                merging,
+                previous_sha256=previous_sha256,
+                snapshot=snapshot,
+                files=files,
+                state=state,
+                takedowns_sha256=takedowns,
             )
         )
         return await asyncio.to_thread(publisher.publish, place, manifest)
@@ -434,6 +449,7 @@ class Control:
                 "evaluate",
                 weights={name: str(path) for name, path in weights.items() if path.exists()},
                 heldout=str(self._heldout),
+                heldout_without=await asyncio.to_thread(self._takedowns.heldout_left_out, checkpoint),
             )
             metrics = {name: float(loss) for name, loss in answer.items()}
             await asyncio.to_thread(self._publisher.add_metrics, checkpoint, metrics)

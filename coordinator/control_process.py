@@ -32,6 +32,7 @@ from coordinator.settings_sections import StorageSettings
 from coordinator.settler_client import SettlerClient
 from coordinator.sqlite_store import SqliteStore
 from coordinator.staging import Staging
+from coordinator.takedowns import TakedownDesk
 from protocol import layout
 from protocol.calls import GetEndpointReply
 from protocol.documents import Digest
@@ -100,13 +101,15 @@ async def _build(wiring: Wiring, settler: SettlerClient, writer: ThreadPoolExecu
     one_merge = (4 if identity.config.outer.ema_decay else 3) * (
         wiring.directory.checkpoint(0) / layout.WEIGHTS
     ).stat().st_size
+    publisher = Publisher(wiring.directory.public, identity.coordinator)
     control = Control(
         desk=desk,
         blobs=DirectoryBlobs(wiring.directory.blobs),
         staging=Staging(wiring.directory.staging, reserve_bytes=settings.storage.reserve_mib * MIB + one_merge),
-        publisher=Publisher(wiring.directory.public, identity.coordinator),
+        publisher=publisher,
         settler=settler,
         heldout=wiring.directory.public / layout.shard_path(identity.config.data.heldout.sha256),
+        takedowns=TakedownDesk(wiring.directory.takedowns, publisher, run=identity.run, config=identity.config),
         writer=writer,
     )
     sessions = Sessions(

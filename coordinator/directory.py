@@ -4,6 +4,7 @@ DIR/run.toml           the operator's words
     run.json           the signed run config; a directory is a run from the moment this file is there
     keys/              coordinator.pem, tls.key, tls.crt, run_secret, auditor.pem: 0600 in 0700. Never the root key
     auditor/           cache and signed opinions of the run's own auditor
+    takedowns/         pictures that the operator wants taken down, a file for each
     state.sqlite       blobs/  staging/  lock
     public/            static files, see `protocol.layout`
 """
@@ -34,7 +35,7 @@ from protocol.keys import PrivateKey, PublicKey
 from protocol.trust import RunTrust
 
 RUN_SECRET_BYTES: Final = 32
-PUBLIC_FOLDERS: Final = ("shards", "checkpoints", "deltas", "log", "metrics")
+PUBLIC_FOLDERS: Final = ("shards", "checkpoints", "deltas", "log", "metrics", "takedowns")
 """What lies under public/ beside the run's papers."""
 
 
@@ -71,6 +72,7 @@ class RunDirectory:
         self.database = self.root / "state.sqlite"
         self.blobs = self.root / "blobs"
         self.staging = self.root / "staging"
+        self.takedowns = self.root / "takedowns"
         self.lock_file = self.root / "lock"
         self.public = self.root / "public"
         self.founding = self.root / ".founding"

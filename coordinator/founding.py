@@ -225,7 +225,9 @@ def _clear(directory: RunDirectory, root_key_out: Path) -> PrivateKey:
     """Refuse what is not ours, clear away an interrupted founding, and return its root key, or else a new one."""
     if directory.holds_run:
         raise DirectoryNotEmpty(f"{directory.root} holds a run already; nothing was changed.")
-    places = (directory.keys, directory.public, directory.database, directory.blobs, directory.staging)
+    places = (
+        directory.keys, directory.public, directory.database, directory.blobs, directory.staging, directory.takedowns,
+    )  # fmt: skip
     marker = directory.founding / _MARKER
     if directory.founding.exists():
         interrupted = marker.read_text(encoding="ascii").strip() if marker.exists() else None
@@ -441,6 +443,7 @@ def _genesis_manifest(checkpoint: Path, run: RunId, config: RunConfig) -> Manife
         unmerged=(),
         files=_describe_files(checkpoint),
         state=(StateEntry(role=layout.ROLE_WEIGHTS, path=layout.WEIGHTS),),
+        takedowns_sha256=None,
         log_position=0,
         log_head="0" * 64,
     )

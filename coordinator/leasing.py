@@ -95,10 +95,16 @@ def remember_device(desk: Desk, session: Session) -> None:
         store.put_device(device)
 
 
-def open_round(desk: Desk, number: int, base_sha256: Digest) -> None:
-    """Start a round: its units, its epoch, and the hash of the epoch's secret in the log."""
+def open_round(desk: Desk, number: int, base_sha256: Digest, takedowns_sha256: str | None = None) -> None:
+    """Start a round: its units, its epoch, and the hash of the epoch's secret in the log.
+
+    Args:
+        takedowns_sha256: what the manifest of the checkpoint before it names.
+    """
     desk.store.add_round(Round(round=number, opened_ms=desk.clock.now_ms()))
     desk.store.put_meta(f"round/{number}/base", base_sha256)
+    if takedowns_sha256 is not None:
+        desk.store.put_meta(f"round/{number}/takedowns", takedowns_sha256)
     desk.store.add_units(
         [
             Unit(unit=unit_id(desk.config_sha256, number, index), round=number, index=index)
@@ -241,6 +247,7 @@ def _lease(desk: Desk, session: Session, unit: Unit, random_bytes: Callable[[int
         index=unit.index,
         base_sha256=base,
         shards=unit_shards(desk.config, unit.round, unit.index),
+        takedowns_sha256=desk.store.meta(f"round/{unit.round}/takedowns"),
         seed=unit_seed(unit.unit),
         artifacts=(ArtifactLimit(role=ROLE_DELTA, max_bytes=desk.delta_bytes),),
         duration_ms=rules.lease_ms,

@@ -28,7 +28,7 @@ from protocol.envelope import parse_envelope
 from protocol.limits import HTTP_HEADER_MS, MAX_HTTP_CONNECTIONS_PER_ADDRESS, MAX_PUBLIC_DOCUMENT_BYTES
 
 _FOR_EVER = "public, max-age=31536000, immutable"
-_NAMED_BY_CONTENT = ("checkpoints/", "shards/", "deltas/", "log/")
+_NAMED_BY_CONTENT = ("checkpoints/", "shards/", "deltas/", "log/", "takedowns/")
 
 
 class PublicFiles(StaticFiles):
@@ -55,7 +55,8 @@ These are the public files of a Commonweight run. The newest checkpoint, with ev
 run.json        what the run is, signed by its root key
 latest.json     the newest checkpoint's signed manifest
 latest.txt      the addresses of the newest checkpoint's files
-checkpoints/NNNNNN/  deltas/  shards/  log/  metrics/
+takedowns.json  the pictures that were taken down and are not trained on any more, once there are any, signed
+checkpoints/NNNNNN/  deltas/  shards/  log/  metrics/  takedowns/
 """
 
 

@@ -13,9 +13,19 @@ from pathlib import Path
 from coordinator.directory import sync, write_file
 from protocol import layout
 from protocol.canonical import canonical_json
-from protocol.documents import Digest, FileEntry, Manifest, MergeEntry, StateEntry, digest_of, sign, verify
+from protocol.documents import (
+    Digest,
+    FileEntry,
+    Manifest,
+    MergeEntry,
+    StateEntry,
+    Takedowns,
+    digest_of,
+    sign,
+    verify,
+)
 from protocol.keys import PrivateKey
-from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
+from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES, MAX_TAKEDOWNS_BYTES
 
 _CHANGING = frozenset({*layout.STATE_ROLES, layout.PATCH, layout.MANIFEST})
 
@@ -100,6 +110,21 @@ class Publisher:
         """Write the log entries after the newest manifest."""
         write_file(self._public / layout.LOG_TAIL, lines)
 
+    def add_takedowns(self, takedowns: Takedowns) -> Digest:
+        """Publish a list of pictures taken down under its digest, which a manifest is about to name."""
+        digest = digest_of(takedowns)
+        path = self._public / layout.takedowns_path(digest)
+        path.parent.mkdir(exist_ok=True)
+        write_file(path, sign(takedowns, self._key))
+        return digest
+
+    def takedowns(self, sha256: str | None) -> Takedowns | None:
+        """Return a list by the digest that a manifest names, checked against our own key; None for none."""
+        if sha256 is None:
+            return None
+        raw = (self._public / layout.takedowns_path(sha256)).read_bytes()
+        return verify(Takedowns, raw, self._key.public, max_bytes=MAX_TAKEDOWNS_BYTES)
+
     def prune(self, checkpoint: int) -> tuple[MergeEntry, ...]:
         """Take the deltas of a checkpoint out of the public directory; return them. Its manifest keeps the digests."""
         listed = self.published(checkpoint)
@@ -131,13 +156,21 @@ class Publisher:
         sync(final.parent)
         envelope = sign(manifest, self._key)
         write_file(final / layout.MANIFEST, envelope)
-        write_file(self._public / layout.LATEST, envelope)
+        self._point(envelope, manifest.takedowns_sha256)
         return PublishedManifest(manifest=manifest, sha256=digest_of(manifest))
 
     def point_to(self, checkpoint: int) -> None:
         """Make `latest.json` name a published checkpoint (again)."""
+        listed = self.published(checkpoint)
+        assert listed is not None  # whoever asks has just seen it
         envelope = (self.directory(checkpoint) / layout.MANIFEST).read_bytes()
+        self._point(envelope, listed.manifest.takedowns_sha256)
+
+    def _point(self, envelope: bytes, takedowns_sha256: str | None) -> None:
         write_file(self._public / layout.LATEST, envelope)
+        if takedowns_sha256 is not None:
+            newest = (self._public / layout.takedowns_path(takedowns_sha256)).read_bytes()
+            write_file(self._public / layout.TAKEDOWNS, newest)
 
     def add_metrics(self, checkpoint: int, metrics: dict[str, float]) -> None:
         """Write a checkpoint's measurements; informative, signed by nobody."""

@@ -179,7 +179,7 @@ def evaluate(config: RunConfig, job: Job) -> Job:
     from diloco.shards import Shard
 
     torch.set_num_threads(1)
-    shards = shard_set(config, [Shard.open(Path(job["heldout"]))])
+    shards = shard_set(config, [Shard.open(Path(job["heldout"]))], [job["heldout_without"]])
     return {
         name: validation_loss(
             model_config(config),

@@ -257,11 +257,13 @@ def manifest_of(
     snapshot: int,
     files: tuple[FileEntry, ...],
     state: tuple[StateEntry, ...],
+    takedowns_sha256: Digest | None,
 ) -> Manifest:
     """Return the manifest of the checkpoint that a round publishes.
 
     Args:
         snapshot: the newest snapshot before it.
+        takedowns_sha256: the list of pictures that units of the next round leave out, if there is one.
     """
     due = merged.round - snapshot >= desk.snapshot_every or merged.round >= desk.config.rounds.planned
     position, head = _log_end(desk, merged.round)
@@ -277,6 +279,7 @@ def manifest_of(
         unmerged=merged.unmerge,
         files=files,
         state=state,
+        takedowns_sha256=takedowns_sha256,
         log_position=position,
         log_head=head,
     )
@@ -310,7 +313,14 @@ def _round(desk: Desk, number: int) -> Round:
     return found
 
 
-def record_published(desk: Desk, round_number: int, *, manifest_sha256: Digest, weights_sha256: Digest) -> None:
+def record_published(
+    desk: Desk,
+    round_number: int,
+    *,
+    manifest_sha256: Digest,
+    weights_sha256: Digest,
+    takedowns_sha256: str | None = None,
+) -> None:
     """The manifest is in its place: give every verdict, reveal what may be, and open the next round."""
     merging = _round(desk, round_number)
     published, _ = advance(merging, Published(manifest_sha256=manifest_sha256))
@@ -326,7 +336,7 @@ def record_published(desk: Desk, round_number: int, *, manifest_sha256: Digest, 
     bans.drop_pruned(desk, round_number)
     epochs.reveal_epochs(desk, round_number)
     if not last:
-        open_round(desk, round_number + 1, weights_sha256)
+        open_round(desk, round_number + 1, weights_sha256, takedowns_sha256)
 
 
 def _end_rounds(desk: Desk, newest: int, *, last: bool) -> None:

@@ -12,6 +12,7 @@ from coordinator.directory import RunDirectory
 from coordinator.rounds import RoundState
 from coordinator.serve import serving_file
 from coordinator.sqlite_store import SqliteStore
+from coordinator.takedowns import published_takedowns, read_asked
 from coordinator.units import UnitState
 from protocol import layout
 from protocol.canonical import parse_json
@@ -38,7 +39,8 @@ class RunStatus:
 
     `units` counts the current round's units by state; `members` counts accepted units of the whole run by pseudonym;
     `owners` counts owners by how far they are trusted, `audits` audits by state; `join` is there only while the run is
-    served.
+    served. `taken_down` counts pictures that units leave out since the newest checkpoint, `to_take_down` those that
+    will be left out from the next one on.
     """
 
     run: RunId
@@ -54,6 +56,8 @@ class RunStatus:
     devices: int
     owners: Mapping[str, int]
     audits: Mapping[str, int]
+    taken_down: int
+    to_take_down: int
 
     def to_json(self) -> dict[str, Any]:
         """Return the status as a JSON object."""
@@ -68,13 +72,19 @@ class RunStatus:
             f"checkpoint: {self.checkpoint} of {self.planned_rounds} planned{loss}",
         ]
         if self.round is None:
-            return (*lines, "round: none yet; the run was never served")
+            return (*lines, "round: none yet; the run was never served", *self._takedown_lines())
         units = ", ".join(f"{count} {state}" for state, count in self.units.items())
         lines.append(f"round: {self.round}, {self.round_state}; units: {units}")
         lines.append(f"members: {len(self.members)} with merged or accepted units, {self.devices} devices seen")
-        lines += self._audit_lines()
+        lines += [*self._audit_lines(), *self._takedown_lines()]
         most = sorted(self.members.items(), key=lambda item: (-item[1], item[0]))[:10]
         return (*lines, *(f"  {member[:12]}: {count:,} units" for member, count in most))
+
+    def _takedown_lines(self) -> list[str]:
+        if not self.taken_down and not self.to_take_down:
+            return []
+        more = f", {self.to_take_down:,} more with the next checkpoint" if self.to_take_down else ""
+        return [f"pictures taken down: {self.taken_down:,}{more}"]
 
     def _audit_lines(self) -> list[str]:
         owners = ", ".join(f"{count} {state}" for state, count in self.owners.items() if count)
@@ -112,6 +122,8 @@ def read_status(directory: RunDirectory) -> RunStatus:
             audits = {state.value: count for state, count in store.audit_counts().items()}
         finally:
             store.close()
+    published = published_takedowns(directory, trust)
+    taken_down = {(entry.shard, entry.sample) for entry in (() if published is None else published.entries)}
     return RunStatus(
         run=trust.run,
         name=trust.config.name,
@@ -126,6 +138,8 @@ def read_status(directory: RunDirectory) -> RunStatus:
         devices=devices,
         owners=owners,
         audits=audits,
+        taken_down=len(taken_down),
+        to_take_down=len({(one.shard, one.sample) for one in read_asked(directory.takedowns)} - taken_down),
     )
 
 

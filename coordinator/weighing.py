@@ -119,7 +119,7 @@ def _screen(config: RunConfig, job: Job, cohort: Cohort, audited: set[str]) -> S
 
     torch.set_num_threads(1)
     base = TensorFile.open(Path(job["base"])).load()
-    heldout = shard_set(config, [Shard.open(Path(job["heldout"]))])
+    heldout = shard_set(config, [Shard.open(Path(job["heldout"]))], [job["heldout_without"]])
 
     def losses(weights: dict[str, Floats]) -> list[TripleLoss]:
         return heldout_losses(

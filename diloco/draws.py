@@ -72,7 +72,7 @@ class Draws:
         self._dropout = Stream(seed, "dropout")
 
     def index(self, step: int, place: int, n: int) -> int:
-        """Return which of `n` samples is trained on: the order stream's word mod n."""
+        """Return which of `n` samples, those that were not taken down, is trained on: the order stream's word mod n."""
         return self._order.word(step, place) % n
 
     def batch(

@@ -97,7 +97,8 @@ def heldout_losses(
 
     Pictures are a fixed random permutation of the shards' samples (repeated if `count` is larger); the j-th one gets
     the (j + 1/2) / count quantile of the training density of timesteps, so that timesteps add no variance. The j-th
-    triple is the same for all weights: losses before and after a delta can be compared pair by pair.
+    triple is the same for all weights: losses before and after a delta can be compared pair by pair. Where a picture
+    was taken down, its triples take the next one that is left; the others stay as they were.
 
     Args:
         seed: 32 bytes, fixed for the run.
@@ -122,19 +123,32 @@ def _losses(
     """Return the losses of one triple for each timestep."""
     model = build(config, weights, device=device).eval()
     count = len(times)
-    indices = _permutation(seed, shards.n)
+    indices = _pictures(seed, shards)
     noise_stream = Stream(seed, "noise")
     losses: list[TripleLoss] = []
     with torch.inference_mode():
         for start in range(0, count, batch):
             places = range(start, min(start + batch, count))
-            latent, text, pooled = shards.batch([indices[j % shards.n] for j in places], max_tokens)
+            latent, text, pooled = shards.batch([indices[j % len(indices)] for j in places], max_tokens)
             noise = np.stack([noise_stream.normal(0, j, latent[0].numel()) for j in places])
             t = times[list(places)]
             inputs = (latent, text, pooled, torch.from_numpy(noise).view_as(latent), torch.from_numpy(t))
             values = flow_loss_B(model, *(tensor.to(device) for tensor in inputs)).tolist()
             losses += [TripleLoss(t=moment, loss=loss) for moment, loss in zip(t.tolist(), values, strict=True)]
     return losses
+
+
+def _pictures(seed: bytes, shards: ShardSet) -> list[int]:
+    """Return which of the samples that are left each triple shows, as many as there were before any was taken down."""
+    places = shards.places_left()
+    order = [places[i] for i in _permutation(seed, len(places))]
+    following = next(place for place in order if place is not None)  # after the last one the first comes again
+    for rank in reversed(range(len(order))):
+        place = order[rank]
+        if place is not None:
+            following = place
+        order[rank] = following
+    return [place for place in order if place is not None]
 
 
 def _permutation(seed: bytes, n: int) -> list[int]:

@@ -273,14 +273,24 @@ KEPT, SILENT, EMPTY = 0, 1, 2
 class ShardSet:
     """The shards of a unit, in the unit's order, as one list of samples, and where their text comes from."""
 
-    __slots__ = ("_starts", "n", "shards", "texts")
+    __slots__ = ("_skips", "_starts", "n", "shards", "texts", "without")
 
-    def __init__(self, shards: Sequence[Shard], texts: TextSource | None = None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        texts: TextSource | None = None,
+        without: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """Put shards together.
 
         Args:
             shards: all of one size of latents.
             texts: where text comes from; None is what the embedded encoder has left in the shards.
+            without: of each shard the numbers of the samples that are left out, because they were taken down; None
+                leaves out none. `n` and every index count what is left.
+
+        Raises:
+            ShardCorrupt: the shards do not fit each other, or hold fewer samples than are left out.
         """
         if not shards:
             raise ValueError("a set of shards needs at least one shard")
@@ -290,18 +300,38 @@ class ShardSet:
         if any(_misfit(shard, part) for shard in shards for part in self.texts.layout.parts):
             raise ShardCorrupt("The unit's shards hold texts of different shapes; they cannot be mixed.")
         self.shards = tuple(shards)
-        self._starts = np.cumsum([0, *(shard.n for shard in shards)])
+        self.without = tuple(tuple(sorted(set(left_out))) for left_out in without or [()] * len(shards))
+        for shard, left_out in zip(self.shards, self.without, strict=True):
+            if left_out and not (left_out[0] >= 0 and left_out[-1] < shard.n):
+                raise ShardCorrupt(f"Sample {left_out[-1]} was taken down, of a shard that holds {shard.n}.")
+        # Of each shard, how many of the samples that are left come before each one that is left out.
+        self._skips = [np.array(left_out, dtype=np.int64) - np.arange(len(left_out)) for left_out in self.without]
+        kept = [shard.n - len(left_out) for shard, left_out in zip(self.shards, self.without, strict=True)]
+        self._starts = np.cumsum([0, *kept])
         self.n = int(self._starts[-1])
+        if not self.n:
+            raise ShardCorrupt("Every sample of these shards was taken down; there is nothing left to train on.")
 
     def place(self, i: int) -> tuple[Shard, int]:
-        """Return the shard that sample `i` of all is in, and its number there."""
+        """Return the shard that the `i`-th sample of those that are left is in, and its number there."""
         if not 0 <= i < self.n:
             raise IndexError(f"sample {i} of {self.n}")
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self.shards[shard], i - int(self._starts[shard])
+        at = i - int(self._starts[shard])
+        return self.shards[shard], at + int(np.searchsorted(self._skips[shard], at, side="right"))
+
+    def places_left(self) -> list[int | None]:
+        """Return for every sample of all shards its place among those that are left; None if it is left out."""
+        found: list[int | None] = []
+        left = 0
+        for shard, left_out in zip(self.shards, map(set, self.without), strict=True):
+            for number in range(shard.n):
+                found.append(None if number in left_out else left)
+                left += number not in left_out
+        return found
 
     def sample(self, i: int) -> Sample:
-        """Return sample `i` of all shards' samples."""
+        """Return sample `i` of all shards' samples that are left."""
         shard, at = self.place(i)
         return shard.sample(at)
 

@@ -35,6 +35,7 @@ SIGNERS: Final[dict[type[Any], str]] = {
     signed.Opinion: "auditor",
     signed.Manifest: "coordinator",
     signed.DatasetManifest: "curator",
+    signed.Takedowns: "coordinator",
 }
 """Which key signs a document; one that is missing here stops the generator."""
 
@@ -55,6 +56,7 @@ _PARTS: Final = (
     signed.ShardRef, signed.DataSet, signed.Training, signed.Codec, signed.OuterStep, signed.Rounds,
     signed.Verification, signed.ArtifactLimit, signed.Artifact, signed.MergeEntry, signed.UnmergeEntry,
     signed.FileEntry, signed.StateEntry, signed.PreparedShard, signed.Counted,
+    signed.Takedown,
 )  # fmt: skip
 _SCALES: Final = {
     "MS": ((DAY_MS, "days"), (HOUR_MS, "h"), (MINUTE_MS, "min"), (SECOND_MS, "s")),

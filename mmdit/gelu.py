@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from mmdit.transforms import under_transform
+
 # 0.5 (1 + tanh(u / 2)) is sigmoid(u), with u = x (_LINE + _CUBE x^2).
 _LINE = 2.0 * math.sqrt(2.0 / math.pi)
 _CUBE = 0.044715 * _LINE
@@ -14,9 +16,13 @@ _CUBE = 0.044715 * _LINE
 _CHUNK = 1 << 17
 
 
+def _is_trained_on_a_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled() and not under_transform()
+
+
 def gelu(x: Tensor) -> Tensor:
     """x times the approximated normal distribution function; the shape stays."""
-    if x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled():
+    if _is_trained_on_a_cpu(x):
         return _Gelu.apply(x)  # type: ignore[no-any-return,no-untyped-call]
     return functional.gelu(x, approximate="tanh")
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
+from mmdit.transforms import under_transform
+
 _chosen: ContextVar[bool | None] = ContextVar("_chosen", default=None)
 
 
@@ -62,7 +64,7 @@ def bf16_products(*, through_fp32: bool) -> Iterator[None]:
 
 def in_fp32(device: torch.device) -> bool:
     """Whether bf16 products go through fp32 on this device."""
-    if device.type != "cpu":
+    if device.type != "cpu" or under_transform():
         return False
     chosen = _chosen.get()
     return not _has_bf16_products() if chosen is None else chosen

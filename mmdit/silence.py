@@ -7,6 +7,8 @@ hears of n equal tokens is what it hears of one whose scores are raised by log n
 import torch
 from torch import Tensor
 
+from mmdit.transforms import under_transform
+
 # Below this there is too little to save to pay for a mask in every attention.
 _WORTH_IT = 0.25
 
@@ -21,8 +23,7 @@ def merge_silence(text_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
         text [B, M, D] with M at most L, the rows of zeros last; fp32 [B, M], or None where nothing was left out.
     """
     batch, length, width = text_BLD.shape
-    # A subclass, such as a fake tensor, may have no numbers to look at.
-    if text_BLD.device.type != "cpu" or length == 0 or type(text_BLD) is not Tensor:
+    if length == 0 or not _can_be_looked_at(text_BLD):
         return text_BLD, None
     silent_BL = (text_BLD == 0).all(2)
     silent_B = silent_BL.sum(1, keepdim=True)
@@ -35,6 +36,11 @@ def merge_silence(text_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
     places_B = (kept - spoken_B).clamp(min=1)  # of a sample without any the number is not used
     louder_BM = (silent_B.float() / places_B).log().expand(batch, kept)
     return merged_BMD, louder_BM.where(torch.arange(kept) >= spoken_B, torch.zeros(()))
+
+
+def _can_be_looked_at(x: Tensor) -> bool:
+    # A subclass, such as a fake tensor, may have no numbers; under `vmap` their choice would have to suit all at once.
+    return x.device.type == "cpu" and type(x) is Tensor and not under_transform()
 
 
 def on_the_keys(louder_BM: Tensor, image_tokens: int) -> Tensor:

@@ -15,7 +15,7 @@ from protocol.canonical import canonical_json, parse_json, sha256_hex
 from protocol.envelope import open_envelope, seal
 from protocol.errors import FormatUnknown, PayloadInvalid
 from protocol.keys import PrivateKey, PublicKey
-from protocol.limits import MAX_ARTIFACTS, MAX_ENVELOPE_BYTES, MAX_TEXT_CHARACTERS
+from protocol.limits import MAX_ARTIFACTS, MAX_ENVELOPE_BYTES, MAX_TAKEDOWNS, MAX_TEXT_CHARACTERS
 
 RunId = NewType("RunId", str)
 UnitId = NewType("UnitId", str)
@@ -401,6 +401,32 @@ class RunConfig:
         return Digest(sha256_hex(canonical_json([self.terms, self.weights_licence])))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Takedown:
+    """A picture that no unit of `from_round` or a later round draws: a shard, and a sample's number in it, from 0.
+
+    `reason` is for people, and public.
+    """
+
+    shard: Hex32
+    sample: Annotated[int, Field(ge=0, lt=2**32)]
+    from_round: Positive
+    reason: ShortText
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Takedowns:
+    """Every picture that the run has taken down so far, in the order in which it was done. A list only grows.
+
+    The manifest of a checkpoint names the list that holds for the units of the round after it.
+    """
+
+    TYPE: ClassVar[str] = _media_type("takedowns")
+    FORMAT: ClassVar[int] = 1
+    run: Hex32
+    entries: Annotated[tuple[Takedown, ...], Field(min_length=1, max_length=MAX_TAKEDOWNS)]
+
+
 # --- a unit --------------------------------------------------------------------------------------------------
 
 
@@ -424,10 +450,13 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """The coordinator lets one device train one unit, and upload its artifacts. Names no role and no attempt."""
+    """The coordinator lets one device train one unit, and upload its artifacts. Names no role and no attempt.
+
+    `takedowns_sha256` is the digest of the list of pictures taken down that holds for the unit; None: there are none.
+    """
 
     TYPE: ClassVar[str] = _media_type("lease")
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     run: Hex32
     config_sha256: Hex32
     lease: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -437,6 +466,7 @@ class Lease:
     index: Count
     base_sha256: Hex32
     shards: Annotated[tuple[Hex32, ...], Field(min_length=1)]
+    takedowns_sha256: Hex32 | None
     seed: Hex32
     artifacts: Annotated[tuple[ArtifactLimit, ...], Field(min_length=1, max_length=MAX_ARTIFACTS)]
     duration_ms: Count
@@ -446,7 +476,8 @@ class Lease:
 class Claim:
     """A device commits to what it computed, before anything is uploaded; signed by the device.
 
-    `lease_sha256` is the digest of the lease's payload, which binds run, round, unit, base, shards, seed and config.
+    `lease_sha256` is the digest of the lease's payload, which binds run, round, unit, base, shards, takedowns, seed and
+    config.
     """
 
     TYPE: ClassVar[str] = _media_type("claim")
@@ -606,11 +637,13 @@ class Manifest:
     `weigh_seed` is the seed of the sketches that the weights follow from; None where no sketch weighed anything.
     `snapshot` is the newest checkpoint up to this one whose whole state is kept for ever. Of others only the patch is,
     which leads from the weights of the checkpoint before to theirs.
+    `takedowns_sha256` is the digest of the list of pictures that units of the next round leave out; None: there are
+    none.
     Holds no time, so that publishing again after a crash gives the same bytes.
     """
 
     TYPE: ClassVar[str] = _media_type("manifest")
-    FORMAT: ClassVar[int] = 3
+    FORMAT: ClassVar[int] = 4
     run: Hex32
     config_sha256: Hex32
     checkpoint: Count
@@ -622,6 +655,7 @@ class Manifest:
     unmerged: tuple[UnmergeEntry, ...]
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
     state: Annotated[tuple[StateEntry, ...], Field(min_length=1)]
+    takedowns_sha256: Hex32 | None
     log_position: Count
     log_head: Hex32
 
@@ -642,6 +676,6 @@ class Manifest:
 
 DOCUMENTS: tuple[type[Document], ...] = (
     Delegation, DeviceDelegation, OwnerRevocation, Endpoint, SessionProof, RunConfig,
-    Lease, Claim, ClaimReceipt, BytesReceipt, Verdict, Opinion, Manifest, DatasetManifest,
+    Lease, Claim, ClaimReceipt, BytesReceipt, Verdict, Opinion, Manifest, DatasetManifest, Takedowns,
 )  # fmt: skip
 """Every signed document."""

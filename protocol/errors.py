@@ -71,6 +71,12 @@ class PayloadInvalid(DocumentRefused):
     code = "PAYLOAD_INVALID"
 
 
+class TakedownsDiffer(DocumentRefused):
+    """The list of pictures taken down is not the one that was signed for, or the run has rewritten its past."""
+
+    code = "TAKEDOWNS_DIFFER"
+
+
 class AccessRefused(Refusal):
     """This peer is not admitted."""
 
@@ -513,6 +519,12 @@ class DatasetInvalid(LocalProblem):
     """The prepared data set is not what its curator signed for; copy it again from where it came."""
 
     code = "DATASET_INVALID"
+
+
+class TakedownRefused(LocalProblem):
+    """This picture can't be taken down."""
+
+    code = "TAKEDOWN_REFUSED"
 
 
 class DeltasPruned(LocalProblem):

@@ -12,6 +12,8 @@ CALIBRATION: Final = "calibration.json"
 """The measurements that the run's tolerances come from, if it was calibrated; the run config names its digest."""
 DATASET: Final = "dataset.json"
 """What the curator of the data has signed, if the run's data has one."""
+TAKEDOWNS: Final = "takedowns.json"
+"""A copy of the newest list of pictures taken down, once there is one."""
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "transformer/diffusion_pytorch_model.safetensors"
 MOMENTUM: Final = "state/momentum.safetensors"
@@ -46,6 +48,11 @@ def shard_path(sha256: str) -> str:
 def delta_path(sha256: str) -> str:
     """Return the path of a merged delta, by the SHA-256 of its file."""
     return f"deltas/{sha256}.safetensors.zst"
+
+
+def takedowns_path(sha256: str) -> str:
+    """Return the path of a list of pictures taken down, by the SHA-256 of its payload."""
+    return f"takedowns/{sha256}.json"
 
 
 def log_path(checkpoint: int) -> str:

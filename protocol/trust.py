@@ -4,7 +4,7 @@
     2  the delegation            of a coordinator key, signed by the root, not expired
     3  the run config            signed by the root
     4  the endpoint statement    signed by the coordinator, naming the very certificate of this connection
-    5  leases, receipts, verdicts, manifests: signed by the coordinator, for this run
+    5  leases, receipts, verdicts, manifests, lists of pictures taken down: signed by the coordinator, for this run
 
 `RunTrust` takes bytes and returns verified documents; it does no I/O and is told the time. Asking for a later step
 before an earlier one is a programming mistake (`RuntimeError`); bad data raises a `Refusal`.
@@ -24,13 +24,15 @@ from protocol.documents import (
     Manifest,
     RunConfig,
     RunId,
+    Takedowns,
     Verdict,
+    envelope_digest,
     verify,
 )
 from protocol.envelope import open_envelope
-from protocol.errors import DelegationInvalid, EndpointUntrusted, Refusal, WrongRun
+from protocol.errors import DelegationInvalid, EndpointUntrusted, Refusal, TakedownsDiffer, WrongRun
 from protocol.keys import PublicKey
-from protocol.limits import CLOCK_SKEW_MS, MAX_ENVELOPE_BYTES, MAX_PUBLIC_DOCUMENT_BYTES
+from protocol.limits import CLOCK_SKEW_MS, MAX_ENVELOPE_BYTES, MAX_PUBLIC_DOCUMENT_BYTES, MAX_TAKEDOWNS_BYTES
 
 
 class _OfRun(Document, Protocol):
@@ -159,6 +161,21 @@ class RunTrust:
         if manifest.config_sha256 != self.config_sha256:
             raise WrongRun("The manifest was made under another run config.")
         return manifest
+
+    def takedowns(self, raw: bytes, sha256: str | None = None) -> Takedowns:
+        """Step 5. Return a verified list of pictures taken down.
+
+        Args:
+            sha256: the digest that a manifest names; None takes whichever list this is.
+
+        Raises:
+            TakedownsDiffer: it is another list than that.
+        """
+        found = self._signed(Takedowns, raw, max_bytes=MAX_TAKEDOWNS_BYTES)
+        digest = envelope_digest(Takedowns, raw, self.coordinator, max_bytes=MAX_TAKEDOWNS_BYTES)
+        if sha256 not in (None, digest):
+            raise TakedownsDiffer(f"The list of pictures taken down is {digest[:12]}, not {str(sha256)[:12]} as named.")
+        return found
 
     def _signed(self, kind: type[S], raw: bytes, *, max_bytes: int = MAX_ENVELOPE_BYTES) -> S:
         document = verify(kind, raw, self.coordinator, max_bytes=max_bytes)

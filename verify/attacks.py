@@ -270,12 +270,12 @@ def _alie(world: AttackWorld) -> EncodedDelta:
 
 def _captions_permuted(world: AttackWorld) -> EncodedDelta:
     shuffled = [_shuffled(shard, world.seed) for shard in world.shards.shards]
-    return world.encoded(world.trained(shards=ShardSet(shuffled, world.shards.texts)))
+    return world.encoded(world.trained(shards=ShardSet(shuffled, world.shards.texts, world.shards.without)))
 
 
 def _caption_backdoor(world: AttackWorld) -> EncodedDelta:
     swapped = [_with_backdoor(shard, world.conditioning) for shard in world.shards.shards]
-    return world.encoded(world.trained(shards=ShardSet(swapped, world.shards.texts)))
+    return world.encoded(world.trained(shards=ShardSet(swapped, world.shards.texts, world.shards.without)))
 
 
 def _shuffled(shard: Shard, seed: bytes) -> Shard:

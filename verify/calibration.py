@@ -152,6 +152,7 @@ def calibrate(
     on_progress: Callable[[CalibrationProgress], None] | None = None,
     *,
     round_number: int = 1,
+    without: Mapping[str, Sequence[int]] | None = None,
     variants: Sequence[Variant] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Calibration:
@@ -166,6 +167,7 @@ def calibrate(
         shards: files of the run's training shards, by SHA-256.
         units: how many units; three show the magnitude, forty make a few thousand pairs.
         round_number: the round that the units are taken from, which fixes their learning rate.
+        without: of a shard, by SHA-256, the samples that were taken down before that round.
         variants: what to compare; None takes all that this machine has.
         clock: seconds; for `Calibration.seconds` alone.
 
@@ -181,7 +183,7 @@ def calibrate(
     with tempfile.TemporaryDirectory(prefix="commonweight-calibration-") as name:
         base_file = Path(name) / "base.safetensors"
         write_checkpoint(base_file, base)
-        with Laboratory(config, shards, chosen, Path(name)) as laboratory:
+        with Laboratory(config, shards, chosen, Path(name), without=without) as laboratory:
             for index in range(units):
                 measured.append(laboratory.measure(round_number, index, base_file, cheats=CHEATS))
                 if on_progress is not None:

@@ -9,10 +9,20 @@ from pathlib import Path
 
 from protocol import layout
 from protocol.assignment import unit_id, unit_samples
-from protocol.documents import Digest, Manifest, MergeEntry, RunConfig, UnitId, UnmergeEntry, envelope_digest
-from protocol.errors import CheckpointCorrupt, PayloadInvalid, RebuildDiffers
-from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
+from protocol.documents import (
+    Digest,
+    Manifest,
+    MergeEntry,
+    RunConfig,
+    Takedowns,
+    UnitId,
+    UnmergeEntry,
+    envelope_digest,
+)
+from protocol.errors import CheckpointCorrupt, DocumentRefused, PayloadInvalid, RebuildDiffers, WrongRun
+from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES, MAX_TAKEDOWNS_BYTES
 from protocol.log import read_log
+from protocol.takedowns import check_grown, check_takedowns
 from protocol.trust import RunTrust
 from verify.checkpoint import read_limited
 from verify.policy import ONE
@@ -105,6 +115,31 @@ def check_history(manifests: Sequence[Manifest], trust: RunTrust) -> None:
                 raise RebuildDiffers(f"Checkpoint {number} merged unit {entry.unit[:12]} a second time.")
             units.add(entry.unit)
             merged[entry.claim] = (number, entry)
+
+
+def check_takedown_lists(public: Path, manifests: Sequence[Manifest], trust: RunTrust) -> None:
+    """Check that the lists of pictures taken down only grew, each from its own round on.
+
+    Raises:
+        RebuildDiffers: a list does not hold, or rewrites the one before it.
+        CheckpointCorrupt: one is missing.
+    """
+    before: Takedowns | None = None
+    named: str | None = None
+    for manifest in manifests:
+        digest, number = manifest.takedowns_sha256, manifest.checkpoint
+        if digest == named:
+            continue
+        after = None
+        try:
+            if digest is not None:
+                raw = read_limited(public / layout.takedowns_path(digest), MAX_TAKEDOWNS_BYTES)
+                after = trust.takedowns(raw, digest)
+                check_takedowns(after, trust.config, number)
+            check_grown(before, after, number - 1)
+        except (DocumentRefused, WrongRun) as refusal:
+            raise RebuildDiffers(f"Checkpoint {number}: {refusal.message}") from None
+        before, named = after, digest
 
 
 def _check_seed(manifest: Manifest, config: RunConfig) -> None:

@@ -84,10 +84,17 @@ class Laboratory:
         shards: files of the run's training shards, by digest.
         variants: what to compare.
         folder: empty; holds one raw delta for each variant at a time, memory two.
+        without: of a shard, by digest, the samples that were taken down.
     """
 
     def __init__(
-        self, config: RunConfig, shards: Mapping[str, Path], variants: Sequence[Variant], folder: Path
+        self,
+        config: RunConfig,
+        shards: Mapping[str, Path],
+        variants: Sequence[Variant],
+        folder: Path,
+        *,
+        without: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self._config = config
         self._variants = tuple(variants)
@@ -95,12 +102,14 @@ class Laboratory:
         self._processes: list[_Process] = []
         (folder / "config.json").write_bytes(payload_of(config))
         self._shards = {name: str(path.absolute()) for name, path in shards.items()}
+        self._without = {name: tuple(samples) for name, samples in (without or {}).items()}
 
     def __enter__(self) -> Self:
         places = list(dict.fromkeys((variant.device, variant.capability) for variant in self._variants))
         for number, place in enumerate(places):
             ours = tuple(v for v in self._variants if (v.device, v.capability) == place)
-            job = Job(config=str(self._folder / "config.json"), shards=self._shards, variants=ours)
+            config = str(self._folder / "config.json")
+            job = Job(config=config, shards=self._shards, variants=ours, without=self._without)
             self._processes.append(_Process(job, self._folder / f"job-{number}"))
         return self
 

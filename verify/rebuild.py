@@ -37,7 +37,7 @@ from protocol.errors import (
 from protocol.keys import PublicKey
 from verify.admission import admit_delta, file_sha256
 from verify.checkpoint import check_file, open_run
-from verify.history import check_history, check_log, read_history
+from verify.history import check_history, check_log, check_takedown_lists, read_history
 from verify.replay import (
     check_numerics,
     codec_config,
@@ -118,6 +118,7 @@ def rebuild(
     check_numerics(trust.config)
     manifests = read_history(public, trust)
     check_history(manifests, trust)
+    check_takedown_lists(public, manifests, trust)
     if not 0 <= start < len(manifests):
         raise UsageError(f"There is no checkpoint {start} to begin from; the newest one is {len(manifests) - 1}.")
     member = None if without is None else _member(without, trust.run, manifests, start)

@@ -65,13 +65,16 @@ def text_source(config: RunConfig) -> TextSource:
     return StoredTexts(layout=conditioning.layout)
 
 
-def shard_set(config: RunConfig, shards: Sequence[Shard]) -> ShardSet:
+def shard_set(config: RunConfig, shards: Sequence[Shard], without: Sequence[Sequence[int]] | None = None) -> ShardSet:
     """Return the shards of one of the run's units, or the held-out one, with what the run hears of them.
+
+    Args:
+        without: of each shard the samples that were taken down (`protocol.takedowns`); None: none.
 
     Raises:
         ShardCorrupt: they do not fit each other or the run.
     """
-    return ShardSet(shards, text_source(config))
+    return ShardSet(shards, text_source(config), without)
 
 
 def delta_schema(config: RunConfig) -> Schema:
@@ -165,7 +168,7 @@ def replay_unit(
 
     Args:
         base: all tensors of checkpoint `lease.round - 1`.
-        shards: the unit's shards, in the lease's order.
+        shards: the unit's shards, in the lease's order, without what was taken down by the list that the lease names.
         device: "cpu" or "cuda"; call `diloco.determinism.set_precision` for it first.
 
     Raises:

@@ -130,11 +130,15 @@ def train_variant(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a process is started for: the payload of the run's config, the shards by digest, its variants."""
+    """What a process is started for: the payload of the run's config, the shards by digest, its variants.
+
+    `without`: of a shard, by digest, the samples that were taken down.
+    """
 
     config: str
     shards: dict[str, str]
     variants: tuple[Variant, ...]
+    without: dict[str, tuple[int, ...]]
 
     def write(self, path: Path) -> None:
         """Write the job as JSON."""
@@ -216,7 +220,11 @@ class _Workbench:
 
     def _shards(self, round_number: int, index: int) -> ShardSet:
         names = unit_shards(self._config, round_number, index)
-        return shard_set(self._config, [Shard.open(Path(self._job.shards[name])) for name in names])
+        return shard_set(
+            self._config,
+            [Shard.open(Path(self._job.shards[name])) for name in names],
+            [self._job.without.get(name, ()) for name in names],
+        )
 
 
 @lru_cache(maxsize=2)

@@ -29,8 +29,9 @@ from worker.audit_client import AuditorClient, AuditTask, ClaimToJudge
 from worker.audit_home import Workbench
 from worker.audit_progress import AuditDropped, AuditTaken, OpinionGiven
 from worker.client import NoWork
-from worker.library import Library, Materials, Needs
+from worker.library import Library, Needs
 from worker.machine import Machine
+from worker.materials import Materials
 from worker.patience import Patience
 from worker.progress import FILES
 from worker.referee import Found, Replay, delta_artifact, inadmissible, judge_file, opinion_on, replay
@@ -154,8 +155,7 @@ class Auditing:
                 self._config,
                 task.round,
                 task.unit,
-                materials.base,
-                materials.shards,
+                materials,
                 device=self._machine.device,
                 on_step=on_step,
             )

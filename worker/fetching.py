@@ -10,7 +10,8 @@ from typing import Final
 from protocol.documents import Lease
 from protocol.errors import CommonweightError, DigestMismatch, TryLater
 from worker.client import CoordinatorClient
-from worker.library import Library, Materials, Needs
+from worker.library import Library, Needs
+from worker.materials import Materials
 from worker.threads import OneThread
 
 AHEAD_SECONDS: Final = 60.0

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Final
 
 from protocol.assignment import unit_shards
-from protocol.documents import Digest, Lease, Manifest, RunConfig, ShardRef
+from protocol.documents import Digest, Lease, Manifest, RunConfig, ShardRef, Takedowns
 from protocol.errors import AnswerInvalid, Refusal, ShardCorrupt
 from protocol.layout import MANIFEST, checkpoint_directory, shard_path
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES, MAX_SHARD_BYTES
+from protocol.takedowns import samples_taken_down
 from protocol.trust import RunTrust
 from worker.bases import fetch_weights, wanted_file
 from worker.cache import FileCache, Wanted
 from worker.leases import check_base
 from worker.line import BreakOff
-from worker.progress import Downloaded
+from worker.materials import Materials
+from worker.progress import Downloaded, Event
+from worker.taken_down import TakedownLists
 from worker.web import PublicSite
 
 _MANIFESTS_KEPT: Final = 256
@@ -28,17 +31,24 @@ _MANIFESTS_KEPT: Final = 256
 class Needs:
     """What a unit is trained from: the checkpoint before its round, and shards by their SHA-256, in order.
 
-    `base_sha256`: the weights that its lease names; None where there is no lease.
+    `base_sha256`: the weights that its lease names; None where there is no lease. `takedowns_sha256`: the list of
+    pictures taken down that its lease names, if any.
     """
 
     round: int
     shards: tuple[str, ...]
     base_sha256: str | None = None
+    takedowns_sha256: str | None = None
 
     @classmethod
     def of_lease(cls, lease: Lease) -> "Needs":
         """Return what a leased unit needs."""
-        return cls(round=lease.round, shards=lease.shards, base_sha256=lease.base_sha256)
+        return cls(
+            round=lease.round,
+            shards=lease.shards,
+            base_sha256=lease.base_sha256,
+            takedowns_sha256=lease.takedowns_sha256,
+        )
 
     @classmethod
     def of_unit(cls, config: RunConfig, round_number: int, index: int) -> "Needs":
@@ -46,22 +56,26 @@ class Needs:
         return cls(round=round_number, shards=unit_shards(config, round_number, index))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Materials:
-    """Files on this disk: the weights to start from, and the shards in the unit's order."""
-
-    base: Path
-    shards: tuple[Path, ...]
-
-
 def check_weights(manifest: Manifest, needs: Needs) -> Wanted:
     """Return the weights that a unit starts from, from the signed manifest of the checkpoint before its round.
 
     Raises:
-        AnswerInvalid: the manifest is another checkpoint's, or names other weights than the unit's lease.
+        AnswerInvalid: the manifest is another checkpoint's, or names other weights than the unit's lease, or another
+            list of pictures taken down.
         CheckpointCorrupt: the signed size is beyond any limit.
     """
-    return wanted_file(manifest, check_base(manifest, needs.round, needs.base_sha256))
+    weights = check_base(manifest, needs.round, needs.base_sha256)
+    if needs.base_sha256 is not None and needs.takedowns_sha256 != manifest.takedowns_sha256:
+        # Who judges the unit goes by the manifest: by another list its honest work would be refuted.
+        raise AnswerInvalid(
+            f"The lease names another list of pictures taken down than the manifest of checkpoint {needs.round - 1}."
+        )
+    return wanted_file(manifest, weights)
+
+
+def left_out(takedowns: Takedowns | None, needs: Needs) -> tuple[tuple[int, ...], ...]:
+    """Return of each shard of a unit the samples that were taken down before its round."""
+    return tuple(samples_taken_down(takedowns, needs.round, shard) for shard in needs.shards)
 
 
 def wanted_shard(shard: ShardRef) -> Wanted:
@@ -77,7 +91,7 @@ class Library:
     Args:
         allow_private: see `PublicSite`.
         break_off: ends a transfer that is under way, and lets no other begin.
-        tell: told of each file that came over the network.
+        tell: told of each file that came over the network, and of pictures that were taken down.
 
     `received_bytes` is what came so far, of files that are not whole yet too; it may be read from any thread.
     """
@@ -89,9 +103,10 @@ class Library:
         *,
         allow_private: bool,
         break_off: BreakOff,
-        tell: Callable[[Downloaded], None],
+        tell: Callable[[Event], None],
     ) -> None:
         self._cache = cache
+        self._takedowns = TakedownLists(tell)
         self._shards = {shard.sha256: shard for shard in config.data.shards}
         self._allow_private = allow_private
         self._break_off = break_off
@@ -103,7 +118,7 @@ class Library:
         """Return a unit's files; what is missing is fetched. All sizes are known from signed documents beforehand.
 
         Raises:
-            AnswerInvalid: the base is not what the run published.
+            AnswerInvalid: the base or the list of pictures taken down is not what the run published.
             CacheTooSmall: the owner's cap does not allow the unit's files; nothing was fetched.
             CheckpointCorrupt, ShardCorrupt: a signed size is beyond any limit.
             EndpointUntrusted: see `PublicSite`.
@@ -111,7 +126,9 @@ class Library:
         """
         site = PublicSite(public_url, allow_private=self._allow_private, break_off=self._break_off)
         manifest_of = partial(self._manifest_of, site, trust)
-        base = check_weights(manifest_of(needs.round - 1), needs)
+        manifest = manifest_of(needs.round - 1)
+        base = check_weights(manifest, needs)
+        takedowns = self._takedowns.named_by(manifest, trust, site.document)
         shards = [wanted_shard(self._shards[sha256]) for sha256 in needs.shards]
         self._cache.check_fits((base, *shards))
         files = _Fetch(site, self._cache, keep={base, *shards}, count=self._count, tell=self._tell)
@@ -119,6 +136,7 @@ class Library:
         return Materials(
             base=fetch_weights(files, manifest_of, trust.config, needs.round - 1, room=room),
             shards=tuple(files.file(file) for file in shards),
+            without=left_out(takedowns, needs),
         )
 
     def _manifest_of(self, site: PublicSite, trust: RunTrust, checkpoint: int) -> Manifest:

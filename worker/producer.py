@@ -28,9 +28,9 @@ from worker.client import CoordinatorClient, NoWork
 from worker.delivery import Delivery
 from worker.fetching import AHEAD_SECONDS, Fetching
 from worker.leases import Grant, check_grant
-from worker.library import Materials
 from worker.lifecycle import SpoolState
 from worker.machine import Machine
+from worker.materials import Materials
 from worker.patience import Patience
 from worker.progress import FILES, HandedBack, Leased, Trained, Waiting
 from worker.reporters import Reporter
@@ -267,8 +267,7 @@ class Producer:
                     self._train_unit,
                     self._config,
                     lease,
-                    materials.base,
-                    materials.shards,
+                    materials,
                     device=self._machine.device,
                     on_step=on_step,
                 )

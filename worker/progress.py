@@ -14,6 +14,8 @@ hex; times are seconds; every text is for a person. Other fields may be added; w
                  a unit was leased (the same one again after a crash)
     downloaded   file, bytes, seconds
                  a public file came over the network; bytes: without what an earlier attempt had brought
+    takedowns    round, pictures, new
+                 the run's list of pictures taken down has grown; round: the one from whose units on they are left out
     step         unit, round, step, steps, loss
                  a training step; at most two a second, and the last one of every unit
     trained      unit, round, loss, samples, seconds, bytes
@@ -152,6 +154,21 @@ class Downloaded:
         if checkpoint := _CHECKPOINT_FILE.fullmatch(self.file):
             return f"Fetched the weights of checkpoint {int(checkpoint[1])}: {size} {time}."
         return f"Fetched a shard of {size} {time}."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakenDown:
+    """Pictures were taken down, and units leave them out."""
+
+    NAME: ClassVar[str] = "takedowns"
+    round: int
+    pictures: int
+    new: int
+
+    def line(self) -> str:
+        """Return the event as a sentence."""
+        count = "1 picture is" if self.pictures == 1 else f"{self.pictures:,} pictures are"
+        return f"{count} taken down ({self.new:,} new): units of round {self.round} and later do not train on them."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,7 +370,8 @@ class Failed:
 
 
 EVENTS: Final[tuple[type[Event], ...]] = (
-    Connected, Ready, Planned, Leased, Downloaded, Step, Trained, Claimed, Sending, Uploaded, VerdictCame, Waiting,
+    Connected, Ready, Planned, Leased, Downloaded, TakenDown, Step, Trained, Claimed, Sending, Uploaded, VerdictCame,
+    Waiting,
     HandedBack, Refused, Stopping, Finished, Failed,
 )  # fmt: skip
 """Every event, in the order of the table above."""

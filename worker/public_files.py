@@ -5,14 +5,14 @@ size and SHA-256 that a signed document names.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
 from protocol import layout
-from protocol.documents import Digest, Manifest, RunId, envelope_digest
+from protocol.documents import Digest, Manifest, RunId, Takedowns, envelope_digest
 from protocol.errors import (
     AnswerInvalid,
     CheckpointCorrupt,
@@ -27,15 +27,18 @@ from protocol.join import JoinString
 from protocol.keys import PublicKey
 from protocol.limits import GIB, MAX_PUBLIC_DOCUMENT_BYTES
 from protocol.log import EMPTY_LOG_HEAD, LogEntry, read_log
+from protocol.takedowns import check_takedowns, samples_taken_down
 from protocol.trust import RunTrust
 from verify.admission import file_sha256
 from verify.checkpoint import read_limited
 from worker.bases import Files, fetch_weights
 from worker.cache import FileCache, Wanted
 from worker.home import WorkerHome
-from worker.library import Materials, Needs, check_weights, wanted_shard
+from worker.library import Needs, check_weights, left_out, wanted_shard
 from worker.link import open_link
+from worker.materials import Materials
 from worker.station import wall_ms
+from worker.taken_down import read_takedowns
 from worker.web import PublicSite, host_is_public
 
 CACHE_BYTES: Final = 20 * GIB
@@ -177,12 +180,30 @@ def newest_checkpoint(files: PublicFiles, trust: RunTrust) -> int:
 def fetch_materials(files: PublicFiles, trust: RunTrust, needs: Needs) -> Materials:
     """Return what a unit is trained from."""
     manifest_of = partial(read_manifest, files, trust)
-    check_weights(manifest_of(needs.round - 1), needs)
+    manifest = manifest_of(needs.round - 1)
+    check_weights(manifest, needs)
+    takedowns = _takedowns(files, trust, manifest)
     shards = {shard.sha256: shard for shard in trust.config.data.shards}
     return Materials(
         base=fetch_weights(files, manifest_of, trust.config, needs.round - 1, room=True),
         shards=tuple(files.file(wanted_shard(shards[sha256])) for sha256 in needs.shards),
+        without=left_out(takedowns, needs),
     )
+
+
+def taken_down_from(files: PublicFiles, trust: RunTrust, round_number: int) -> Mapping[str, tuple[int, ...]]:
+    """Return of every training shard of a run, by SHA-256, the samples that the units of a round leave out."""
+    takedowns = _takedowns(files, trust, read_manifest(files, trust, round_number - 1))
+    shards = [shard.sha256 for shard in trust.config.data.shards]
+    return {shard: samples_taken_down(takedowns, round_number, shard) for shard in shards}
+
+
+def _takedowns(files: PublicFiles, trust: RunTrust, manifest: Manifest) -> Takedowns | None:
+    if manifest.takedowns_sha256 is None:
+        return None
+    takedowns = read_takedowns(manifest.takedowns_sha256, trust, files.document)
+    check_takedowns(takedowns, trust.config, manifest.checkpoint)
+    return takedowns
 
 
 def read_public_log(files: PublicFiles, trust: RunTrust) -> tuple[tuple[LogEntry, ...], int]:

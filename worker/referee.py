@@ -16,6 +16,7 @@ from protocol.errors import BytesRefused, DeltaSchemaMismatch
 from protocol.layout import ROLE_DELTA
 from worker.audit_client import ClaimToJudge
 from worker.machine import Machine
+from worker.materials import Materials
 from worker.trainer import OnStep, compute_unit
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def replay(
     config: RunConfig,
     round_number: int,
     unit: UnitId,
-    base: Path,
-    shards: Sequence[Path],
+    materials: Materials,
     *,
     device: str,
     on_step: OnStep,
@@ -61,7 +61,7 @@ def replay(
     from verify.replay import codec_config, delta_schema
 
     started = time.monotonic()
-    result = compute_unit(config, round_number, unit, base, shards, device=device, on_step=on_step)
+    result = compute_unit(config, round_number, unit, materials, device=device, on_step=on_step)
     seed = bytes.fromhex(unit_seed(unit))
     return Replay(
         raw=result.delta,

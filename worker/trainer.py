@@ -5,7 +5,7 @@ Everything of one process trains in one thread, so that precision and thread set
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +14,7 @@ from protocol.documents import Artifact, Claim, ClaimReceipt, Digest, Lease, Run
 from protocol.errors import AnswerInvalid, CheckpointCorrupt, DeltaTruncated, MemoryTooSmall
 from protocol.keys import PrivateKey
 from protocol.layout import ROLE_DELTA
+from worker.materials import Materials
 from worker.progress import Planned
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Trainer(Protocol):
     """What makes a unit's result on this machine: `train_unit`."""
 
     def __call__(
-        self, config: RunConfig, lease: Lease, base: Path, shards: Sequence[Path], *, device: str, on_step: OnStep
+        self, config: RunConfig, lease: Lease, materials: Materials, *, device: str, on_step: OnStep
     ) -> TrainedUnit:
         """Train a leased unit; see `train_unit`."""
         ...
@@ -77,14 +78,8 @@ def plan_for(config: RunConfig, device: str) -> Planned:
     )
 
 
-def train_unit(
-    config: RunConfig, lease: Lease, base: Path, shards: Sequence[Path], *, device: str, on_step: OnStep
-) -> TrainedUnit:
+def train_unit(config: RunConfig, lease: Lease, materials: Materials, *, device: str, on_step: OnStep) -> TrainedUnit:
     """Train a unit and encode its delta.
-
-    Args:
-        base: file with the weights of the checkpoint before the unit's round.
-        shards: the unit's shard files, in the lease's order.
 
     Raises:
         AnswerInvalid: the lease does not let a delta of this run's size be uploaded.
@@ -95,7 +90,7 @@ def train_unit(
 
     _check_allowed_size(config, lease)
     started = time.monotonic()
-    result = compute_unit(config, lease.round, UnitId(lease.unit), base, shards, device=device, on_step=on_step)
+    result = compute_unit(config, lease.round, UnitId(lease.unit), materials, device=device, on_step=on_step)
     return TrainedUnit(
         encoded=encode(result.delta, delta_schema(config), codec_config(config), unit_spec(config, lease).seed),
         trail_root=result.trail.root,
@@ -109,17 +104,12 @@ def compute_unit(
     config: RunConfig,
     round_number: int,
     unit: UnitId,
-    base: Path,
-    shards: Sequence[Path],
+    materials: Materials,
     *,
     device: str,
     on_step: OnStep,
 ) -> "UnitResult":
     """Run a unit, for the first time or again; who trains it and who judges it compute the same.
-
-    Args:
-        base: file with the weights of the checkpoint before the unit's round.
-        shards: the unit's shard files, in the unit's order.
 
     Raises:
         TrainingDiverged, DeltaNotFinite: the result is of no use.
@@ -131,15 +121,14 @@ def compute_unit(
     import torch
 
     from diloco.checkpoint import TensorFile
-    from diloco.shards import Shard
     from diloco.unit import run_unit
-    from verify.replay import check_numerics, model_config, shard_set, unit_spec_of
+    from verify.replay import check_numerics, model_config, unit_spec_of
     from worker.plan import GB, plan_unit, room_of, work_of
 
     check_numerics(config)
     spec, model = unit_spec_of(config, round_number, unit), model_config(config)
     plan = plan_unit(work_of(config), room_of(device))
-    tensors, samples = TensorFile.open(base).load(), shard_set(config, [Shard.open(path) for path in shards])
+    tensors, samples = TensorFile.open(materials.base).load(), materials.shard_set(config)
     try:
         return run_unit(
             spec,

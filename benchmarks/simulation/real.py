@@ -272,6 +272,7 @@ class RealPhysics:
         job = {
             "base": str(self._checkpoint(plan.round - 1)),
             "heldout": str(self._heldout),
+            "heldout_without": (),
             "seed": plan.seed,
             "entries": [{**asdict(entry), "path": str(self.blob(entry.blob_sha256))} for entry in plan.entries],
         }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from commonweight.cli.takedown import takedown
 from protocol.errors import DirectoryNotEmpty, UsageError
 from protocol.printing import printable
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at a run's settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.command()(takedown)
 
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
 

@@ -16,11 +16,8 @@ from protocol.printing import printable
 
 if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
     from commonweight.data.dataset import Dataset
-    from commonweight.data.encoders import Encoder
     from commonweight.data.prepare import Progress
     from mmdit.config import MMDiTConfig
-    from mmdit.encoders import Conditioning
-    from mmdit.space import Space
     from protocol.documents import DatasetManifest
     from protocol.keys import PrivateKey
 
@@ -144,6 +141,7 @@ def prepare(
     is skipped, and why, stands in skipped.jsonl; what a curator should look at before publishing, in report.json.
     """
     from commonweight.components_place import find_components, said_as_usage
+    from commonweight.data.chosen import AskedText, conditioning_for, encoder_for, space_for
     from commonweight.data.index import Rules
     from commonweight.data.pictures import buckets
     from commonweight.data.prepare import Recipe, begin_again
@@ -152,9 +150,15 @@ def prepare(
     shape = _shape(preset)
     place = None if components is None else find_components(components)
     with said_as_usage():
-        conditioning = _conditioning(shape, text, max_tokens, place, encoders, padding, t5_tokens)
-        space = _space(shape, preset, place)
-        encoder = _encoder(space, conditioning, place, device)
+        asked = AskedText(
+            kind=text.value,
+            max_tokens=max_tokens,
+            encoders=tuple(name.strip() for name in encoders.split(",") if name.strip()),
+            padding=padding.value,
+            t5_tokens=t5_tokens,
+        )
+        conditioning, space = conditioning_for(shape, asked, place), space_for(shape, preset, place)
+        encoder = encoder_for(space, conditioning, place, device)
         sides = sorted(set(side or [space.pixel_height]))
         families = tuple(
             buckets(
@@ -288,74 +292,6 @@ def _shape(preset: str) -> "MMDiTConfig":
     if preset not in PRESETS:
         raise UsageError(f"--preset is {preset[:40]!r}; it must be one of {', '.join(sorted(PRESETS))}.")
     return PRESETS[preset]
-
-
-def _conditioning(
-    shape: "MMDiTConfig",
-    text: Text,
-    max_tokens: int,
-    components: Path | None,
-    encoders: str,
-    padding: Padding,
-    t5_tokens: int,
-) -> "Conditioning":
-    from mmdit.components import describe_encoders, encoders_in
-    from mmdit.conditioning import ConditioningConfig
-    from mmdit.encoders import ENCODER_NAMES
-
-    if text is not Text.ENCODERS:
-        return ConditioningConfig(
-            kind="bytes" if text is Text.BYTES else "byte-patch",
-            max_tokens=max_tokens,
-            token_dim=shape.joint_attention_dim,
-            pooled_dim=shape.pooled_projection_dim,
-        )
-    if components is None:
-        raise UsageError("--text encoders needs the text encoders: name their folder with --components.")
-    asked = [name.strip() for name in encoders.split(",") if name.strip()]
-    if unknown := [name for name in asked if name not in ENCODER_NAMES]:
-        raise UsageError(f"--encoders names {unknown[0][:40]!r}; it must be of {', '.join(ENCODER_NAMES)}.")
-    return describe_encoders(
-        components,
-        [name for name in ENCODER_NAMES if name in asked] if asked else encoders_in(components),
-        token_dim=shape.joint_attention_dim,
-        pooled_dim=shape.pooled_projection_dim,
-        padding=padding.value,
-        t5_tokens=t5_tokens,
-    )
-
-
-def _space(shape: "MMDiTConfig", preset: str, components: Path | None) -> "Space":
-    from mmdit.components import describe_vae
-    from mmdit.space import PixelSpace
-
-    side = shape.sample_size
-    if shape.in_channels in (1, 3):
-        return PixelSpace(channels=shape.in_channels, height=side, width=side, shift=-1.0, scale=2.0)
-    if components is None:
-        raise UsageError(
-            f"{preset} paints in the {shape.in_channels} latent channels of an autoencoder: name its folder with "
-            "--components, or choose a model that paints in pixels."
-        )
-    space = describe_vae(components, pixel_height=side, pixel_width=side)
-    if space.channels != shape.in_channels:
-        raise UsageError(
-            f"{preset} paints in {shape.in_channels} latent channels, but the autoencoder in {components} has "
-            f"{space.channels}."
-        )
-    return describe_vae(components, pixel_height=side * space.factor, pixel_width=side * space.factor)
-
-
-def _encoder(space: "Space", conditioning: "Conditioning", components: Path | None, device: str) -> "Encoder":
-    from commonweight.data.encoders import EmbeddedEncoder, NetworkEncoder
-    from mmdit.conditioning import ConditioningConfig
-    from mmdit.space import PixelSpace
-
-    if components is None or (isinstance(space, PixelSpace) and isinstance(conditioning, ConditioningConfig)):
-        assert isinstance(space, PixelSpace)  # anything else was refused
-        assert isinstance(conditioning, ConditioningConfig)
-        return EmbeddedEncoder(space=space, conditioning=conditioning)
-    return NetworkEncoder(components=components, space=space, conditioning=conditioning, device=device)
 
 
 def _curator(path: Path) -> "Callable[[], PrivateKey]":

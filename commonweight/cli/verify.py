@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # torch and numpy take seconds to load; --help needs neither
     from verify.draws import DrawReport
     from verify.policy import PolicyReport
     from worker.evidence import Evidence, UnitPlace
+    from worker.materials import Materials
     from worker.public_files import PublicFiles
     from worker.receipts import Receipt
     from worker.referee import Found, Replay
@@ -147,7 +148,9 @@ def replay(
     for note in finding.missing_own(place, receipts, evidence):
         typer.echo(note)
     materials = fetch_materials(files, trust, Needs.of_unit(trust.config, place.round, place.index))
-    found, own = _judged(place, evidence, trust, materials.base, materials.shards, device, threads)
+    found, own = _judged(place, evidence, trust, materials, device, threads)
+    if skipped := sum(map(len, materials.without)):
+        typer.echo(f"without {skipped:,} samples of its shards, which were taken down before its round")
     steps = unit_steps(trust.config, UnitId(place.unit))
     typer.echo(f"ran {steps} steps in {own.seconds:.1f} s with {trainer_version()}")
     for line in _verdict_lines(found, own, evidence, trust.config.verification):
@@ -206,8 +209,7 @@ def _judged(
     place: "UnitPlace",
     evidence: "Evidence",
     trust: "RunTrust",
-    base: Path,
-    shards: Sequence[Path],
+    materials: "Materials",
     device: str,
     threads: int | None,
 ) -> "tuple[Found, Replay]":
@@ -218,7 +220,7 @@ def _judged(
     target = resolve_device("cpu" if device == "cpu" else "cuda" if device == "cuda" else "auto")
     prepare(target, resolve_threads(threads))
     config = trust.config
-    own = referee.replay(config, place.round, place.unit, base, shards, device=target, on_step=_show_step)
+    own = referee.replay(config, place.round, place.unit, materials, device=target, on_step=_show_step)
     return referee.judge_file(config, place.unit, evidence.claimed, evidence.path, own), own
 
 
@@ -342,7 +344,7 @@ def calibrate(
     from verify.calibration import calibrate as measure
     from worker.durable import write_durably
     from worker.library import Needs
-    from worker.public_files import DirectoryFiles, believe, fetch_materials, newest_checkpoint
+    from worker.public_files import DirectoryFiles, believe, fetch_materials, newest_checkpoint, taken_down_from
 
     public = public_directory(directory)
     files = DirectoryFiles(public)
@@ -352,7 +354,15 @@ def calibrate(
     base = fetch_materials(files, trust, Needs(round=round_number, shards=())).base
     shards = {shard.sha256: public / layout.shard_path(shard.sha256) for shard in trust.config.data.shards}
     typer.echo(f"measuring {units} units from checkpoint {round_number - 1}; each is trained in several ways")
-    found = measure(trust.config, TensorFile.open(base).load(), shards, units, _show_unit, round_number=round_number)
+    found = measure(
+        trust.config,
+        TensorFile.open(base).load(),
+        shards,
+        units,
+        _show_unit,
+        round_number=round_number,
+        without=taken_down_from(files, trust, round_number),
+    )
     write_durably(out.absolute(), payload_of(found))
     typer.echo(f"{found.pairs} honest pairs on {found.machine}, torch {found.torch}, {found.precision}")
     for name, spread, value, margins in (

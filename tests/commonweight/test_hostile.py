@@ -13,6 +13,7 @@ from protocol.documents import UnitId
 from tests.worker.recording import Recorder, work
 from tests.worker.small_audits import Attempt
 from tests.worker.small_run import SmallRun
+from worker.materials import Materials
 from worker.referee import Found, Replay, judge_file, replay
 
 ROOT = Path(__file__).parents[2]
@@ -22,10 +23,9 @@ def judged(run: SmallRun, attempt: Attempt, folder: Path) -> Found:
     """What a referee finds of an uploaded delta."""
     lease = attempt.lease
     base = run.public / layout.checkpoint_directory(0) / layout.WEIGHTS
-    shards = [run.public / layout.shard_path(sha256) for sha256 in lease.shards]
-    own: Replay = replay(
-        run.config, lease.round, UnitId(lease.unit), base, shards, device="cpu", on_step=lambda *_: None
-    )
+    shards = tuple(run.public / layout.shard_path(sha256) for sha256 in lease.shards)
+    materials = Materials(base=base, shards=shards, without=((),) * len(shards))
+    own: Replay = replay(run.config, lease.round, UnitId(lease.unit), materials, device="cpu", on_step=lambda *_: None)
     path = folder / lease.unit
     path.write_bytes(attempt.stored)
     assert attempt.claim is not None

@@ -261,14 +261,16 @@ class Office(Records):
         self.finish()
         return True
 
-    def finish(self) -> None:
+    def finish(self, takedowns_sha256: str | None = None) -> None:
         """Merge and publish the round that is closed."""
         number = self.round
 
         def settle(desk: Desk) -> None:
             settling.begin_merge(desk, number)
             manifest, weights = Digest(f"{number:064x}"), Digest(f"{number + 1:064x}")
-            settling.record_published(desk, number, manifest_sha256=manifest, weights_sha256=weights)
+            settling.record_published(
+                desk, number, manifest_sha256=manifest, weights_sha256=weights, takedowns_sha256=takedowns_sha256
+            )
 
         self._decide(settle)
 

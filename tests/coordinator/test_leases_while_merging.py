@@ -1,6 +1,8 @@
 """While a round is merged its open units are still given out, if a later merge may take what comes of them."""
 
 from coordinator.leasing import Leased, NoWork
+from protocol.documents import Lease, parse_payload
+from protocol.envelope import parse_envelope
 from tests.coordinator.desk_harness import Office, Opening
 from tests.coordinator.desk_people import ESTABLISHED, TRAINING_MS
 
@@ -38,6 +40,16 @@ def test_when_the_checkpoint_is_published_the_next_rounds_units_are_given_out(op
     assert office.lease(office.volunteer("bob")).lease.round == 1
     office.finish()
     assert office.lease(office.volunteer("cleo")).lease.round == 2
+
+
+def test_a_lease_names_the_pictures_taken_down_that_hold_for_its_round_and_no_later_ones(opening: Opening) -> None:
+    office = closing(opening)
+    office.finish(takedowns_sha256="7d" * 32)
+    work = office.lease(office.volunteer("bob"))
+    assert (work.lease.round, work.lease.takedowns_sha256) == (2, "7d" * 32)
+    first = [attempt for unit in office.store.units(1) for attempt in office.store.attempts_of_unit(unit.unit)]
+    leases = [parse_payload(Lease, parse_envelope(attempt.lease_envelope).payload) for attempt in first]
+    assert {lease.takedowns_sha256 for lease in leases} == {None}
 
 
 def test_nothing_is_given_out_that_no_later_merge_may_take(opening: Opening) -> None:

@@ -9,9 +9,9 @@ from coordinator.sessions import Session, Sessions
 from protocol.documents import DeviceDelegation, Digest, SessionProof, sign
 from protocol.errors import (
     DelegationInvalid,
+    DocumentRefused,
     NonceUnknown,
     NumericsMismatch,
-    PayloadInvalid,
     SessionRequired,
     SignatureInvalid,
     TermsNotAccepted,
@@ -120,7 +120,7 @@ def test_a_device_that_its_owner_did_not_delegate_is_refused() -> None:
     same = DeviceDelegation(owner_public_key=OWNER.public.hex, device_public_key=OWNER.public.hex)
     with pytest.raises(DelegationInvalid, match="device key as well"):
         door.knock(OWNER, sign(same, OWNER))
-    with pytest.raises(PayloadInvalid):
+    with pytest.raises(DocumentRefused):
         door.knock(delegation=sign(LEASE, COORDINATOR))
 
 

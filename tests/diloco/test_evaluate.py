@@ -5,6 +5,7 @@ import pytest
 
 from diloco.evaluate import heldout_loss, heldout_losses, validation_loss
 from diloco.genesis import initial_state
+from diloco.shards import ShardSet
 from diloco.tables import Floats
 from diloco.unit import run_unit
 from tests.diloco.examples import OTHER_SEED, SEED, TINY, UNIT, shard_set
@@ -56,3 +57,18 @@ def test_the_validation_loss_is_the_same_each_time_and_falls_with_training() -> 
 def test_every_timestep_counts_alike_in_the_validation_loss() -> None:
     with pytest.raises(ValueError, match="multiple of 7"):
         validation(BASE, count=50)
+
+
+def test_a_picture_that_is_taken_down_changes_its_own_triples_and_no_others() -> None:
+    shards = shard_set().shards
+
+    def losses(*without: int) -> list[float]:
+        left = ShardSet(shards, None, [without, ()])
+        triples = heldout_losses(TINY, BASE, left, SEED, count=60, batch=16, max_tokens=4, device="cpu")
+        return [triple.loss for triple in triples]
+
+    before = losses()
+    for taken in (0, 7, 19):
+        changed = [place for place, (old, new) in enumerate(zip(before, losses(taken), strict=True)) if old != new]
+        first = changed[0]
+        assert changed in ([first], [first, first + 33])  # 60 triples show 33 pictures once or twice

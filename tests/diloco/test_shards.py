@@ -254,3 +254,23 @@ def test_shapes_that_do_not_fit_each_other_are_not_written() -> None:
 def test_a_shard_need_not_name_its_captions() -> None:
     info = ShardInfo(licence="CC0-1.0", source="x")
     assert Shard.open(write_shard(halves(1, 1, 2, 2), [halves(1, 2)], halves(1, 5), info)).info == info
+
+
+def test_samples_that_were_taken_down_are_drawn_by_no_index_and_all_others_keep_their_order() -> None:
+    shards = shard_set().shards
+    everything = [(number, at) for number, shard in enumerate(shards) for at in range(shard.n)]
+    for without in ([(), ()], [(0, 1, 19), ()], [(3,), (12, 0)], [range(19), (5, 6, 7)], [range(20), (1,)]):
+        found = ShardSet(shards, None, [tuple(samples) for samples in without])
+        left = [(number, at) for number, at in everything if at not in without[number]]
+        assert [(shards.index(shard), at) for shard, at in map(found.place, range(found.n))] == left
+        places = found.places_left()
+        assert [places.index(place) for place in range(found.n)] == [everything.index(one) for one in left]
+        assert sum(place is None for place in places) == 33 - found.n
+
+
+def test_no_more_can_be_taken_down_than_there_is() -> None:
+    shards = shard_set().shards
+    with pytest.raises(ShardCorrupt, match="Sample 13 was taken down, of a shard that holds 13"):
+        ShardSet(shards, None, [(), (13,)])
+    with pytest.raises(ShardCorrupt, match="nothing left to train on"):
+        ShardSet(shards, None, [range(20), range(13)])

@@ -18,13 +18,13 @@ from commonweight.demo_story import read_entries
 from diloco.checkpoint import TensorFile
 from diloco.container import Container, write_container
 from diloco.determinism import set_precision
-from diloco.shards import Shard, ShardSet
+from diloco.shards import Shard
 from protocol import calls, layout
 from protocol.documents import Lease, Verdict
 from protocol.errors import AppealRefused, AuditorRequired, OwnerBanned, StepOutOfOrder
 from tests.integration.live_run import LiveRun, LiveWorker, command, environment, until
 from tests.integration.peer import Peer, Work, connected, refused
-from verify.replay import codec_config, delta_schema, replay_unit
+from verify.replay import codec_config, delta_schema, replay_unit, shard_set
 
 AUDITED = (
     "verification.mode=replay",
@@ -57,7 +57,7 @@ def honest_work(peer: Peer, run: LiveRun, lease: Lease, path: Path) -> Work:
     public = run.directory.public
     set_precision("cpu", 1)
     base = TensorFile.open(public / layout.checkpoint_directory(lease.round - 1) / layout.WEIGHTS).load()
-    shards = ShardSet([Shard.open(public / layout.shard_path(sha256)) for sha256 in lease.shards])
+    shards = shard_set(peer.config, [Shard.open(public / layout.shard_path(sha256)) for sha256 in lease.shards])
     _, encoded = replay_unit(peer.config, lease, base, shards, "cpu")
     write_container(path, encoded, bytes.fromhex(lease.unit))
     container = Container.open(path, delta_schema(peer.config), codec_config(peer.config), bytes.fromhex(lease.unit))

@@ -3,8 +3,11 @@
 import math
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit.silence import merge_silence, on_the_keys
+from mmdit.transformer import MMDiT
+from tests.mmdit.shapes import SMALL
 
 
 def _text(*spoken: int, length: int) -> torch.Tensor:
@@ -40,6 +43,18 @@ def test_a_text_with_little_silence_or_none_stays_as_it_is() -> None:
         merged, louder = merge_silence(text)
         assert merged is text
         assert louder is None
+
+
+def test_under_vmap_nothing_is_left_out_and_the_model_says_the_same() -> None:
+    torch.manual_seed(0)
+    model = MMDiT(SMALL)
+    latent, pooled = torch.randn(2, 4, 16, 16), torch.randn(2, SMALL.pooled_projection_dim)
+    text, timestep = torch.zeros(2, 8, SMALL.joint_attention_dim), torch.tensor([100.0, 900.0])
+    # `vmap` does not know the fused kernel of processors.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        together = model(latent, text, pooled, timestep)
+        one_by_one = torch.func.vmap(lambda *each: model(*(x[None] for x in each))[0])(latent, text, pooled, timestep)
+    assert torch.allclose(together, one_by_one, atol=1e-5)
 
 
 def test_the_keys_of_the_image_are_left_alone() -> None:

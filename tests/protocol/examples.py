@@ -30,6 +30,8 @@ from protocol.documents import (
     ShardRef,
     Stage,
     StateEntry,
+    Takedown,
+    Takedowns,
     Training,
     UnmergeEntry,
     Verdict,
@@ -142,6 +144,7 @@ LEASE = Lease(
     index=0,
     base_sha256="ba" * 32,
     shards=("00" * 32, "01" * 32),
+    takedowns_sha256="7d" * 32,
     seed="5e" * 32,
     artifacts=(ArtifactLimit(role="delta", max_bytes=123_456),),
     duration_ms=60_000,
@@ -237,6 +240,7 @@ MANIFEST = Manifest(
     ),
     files=(FileEntry(path="transformer/weights.safetensors", sha256="fa" * 32, size=1),),
     state=(StateEntry(role="weights", path="transformer/weights.safetensors"),),
+    takedowns_sha256="7d" * 32,
     log_position=9,
     log_head="4e" * 32,
 )
@@ -282,5 +286,6 @@ EXAMPLES: tuple[Document, ...] = (
         heldout=_PREPARED,
         skipped=(Counted(name="corrupt", pictures=3),),
     ),
+    Takedowns(run=RUN, entries=(Takedown(shard="00" * 32, sample=3, from_round=2, reason="its maker asked for it"),)),
 )
 """One of each, in the order of `protocol.documents.DOCUMENTS`."""

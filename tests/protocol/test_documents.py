@@ -129,14 +129,15 @@ GOLDEN = {
     "Endpoint": "8b84b4caeb8afd1e",
     "SessionProof": "fc816c6eddabd9b5",
     "RunConfig": "5b9f9b295a328638",
-    "Lease": "a46380afcbfc0413",
-    "Claim": "68093cceb84afcf3",
-    "ClaimReceipt": "4133d8ebc9401423",
-    "BytesReceipt": "1085405a6b0ddcfa",
-    "Verdict": "86bc1223cd330388",
-    "Opinion": "ed533789b4e23e74",
+    "Lease": "27492b2fcbe567d2",
+    "Claim": "0b66d8373fa00864",
+    "ClaimReceipt": "e25f5505c9e798dc",
+    "BytesReceipt": "cc31ac9123e113f9",
+    "Verdict": "7cdfcef308ef5cb1",
+    "Opinion": "f6829da74d16fde0",
     "DatasetManifest": "953f990b27ab9ae3",
-    "Manifest": "ab98ed96b7780881",
+    "Manifest": "80493e1abc650b00",
+    "Takedowns": "51bb9b405273984f",
 }
 
 

@@ -193,6 +193,7 @@ def lease_of(config: RunConfig, round_number: int, index: int, base_sha256: str)
         index=index,
         base_sha256=base_sha256,
         shards=unit_shards(config, round_number, index),
+        takedowns_sha256=None,
         seed=unit_seed(unit),
         artifacts=(ArtifactLimit(role="delta", max_bytes=10**9),),
         duration_ms=60_000,
@@ -410,6 +411,7 @@ def _manifest(
             FileEntry(path=path, sha256=file_sha256(place / path), size=(place / path).stat().st_size) for path in paths
         ),
         state=tuple(StateEntry(role=roles[path], path=path) for path in paths if path in roles),
+        takedowns_sha256=None,
         log_position=number,
         log_head=_write_log(run, number),
     )

@@ -1,6 +1,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from diloco.frames import write_frames
 from mmdit.export import load_checkpoint
 from protocol import layout
 from protocol.assignment import member_of, unit_id
-from protocol.documents import FileEntry, Manifest, MergeEntry, RunId, digest_of, sign
+from protocol.documents import FileEntry, Manifest, MergeEntry, RunId, Takedown, Takedowns, digest_of, sign
 from protocol.errors import (
     BytesRefused,
     CheckpointCorrupt,
@@ -462,3 +463,40 @@ def test_only_a_member_of_the_run_can_be_left_out_and_only_from_before_it_came(
         with pytest.raises(UsageError, match=said):
             rebuild(published.public, tmp_path / "out", without=name, start=start)
     assert rebuild(published.public, tmp_path / "out", without=_owner_key_id(2), start=1).left_out == 2
+
+
+def take_down(mirror: PublishedRun, *lists: tuple[Takedown, ...]) -> None:
+    """Let the manifests of checkpoints 1, 2 ... name these lists, each published."""
+    for number, entries in enumerate(lists, start=1):
+        digest = None
+        if entries:
+            takedowns = Takedowns(run=RUN, entries=entries)
+            digest = digest_of(takedowns)
+            path = mirror.public / layout.takedowns_path(digest)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(sign(takedowns, COORDINATOR))
+        mirror.forge(number, partial(replace, takedowns_sha256=digest))
+
+
+def test_lists_of_pictures_taken_down_may_grow_and_nothing_else(mirror: PublishedRun, tmp_path: Path) -> None:
+    shard = mirror.config.data.shards[0].sha256
+    first = Takedown(shard=shard, sample=0, from_round=2, reason="asked for")
+    later = replace(first, sample=1, from_round=3)
+    take_down(mirror, (first,), (first, later))
+    rebuild(mirror.public, tmp_path / "grown")
+    for number, (lists, words) in enumerate(
+        (
+            (((first,), ()), "was rewritten since"),
+            (((first,), (replace(first, reason="another"),)), "was rewritten since"),
+            (((first,), (first, replace(later, from_round=2))), "leased before that"),
+            (((first, first), (first,)), "taken down twice"),
+        )
+    ):
+        take_down(mirror, *lists)
+        with pytest.raises(RebuildDiffers, match=words):
+            rebuild(mirror.public, tmp_path / f"out-{number}")
+    take_down(mirror, (first,), (first,))
+    for path in (mirror.public / "takedowns").iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointCorrupt, match="takedowns/"):
+        rebuild(mirror.public, tmp_path / "missing")

@@ -10,9 +10,20 @@ from diloco.checkpoint import write_checkpoint
 from diloco.genesis import initial_state
 from diloco.shards import ShardInfo, write_shard
 from mmdit.presets import PRESETS
-from protocol.documents import FileEntry, Manifest, RunConfig, RunId, ShardRef, StateEntry, digest_of, sign
+from protocol.documents import (
+    Digest,
+    FileEntry,
+    Manifest,
+    RunConfig,
+    RunId,
+    ShardRef,
+    StateEntry,
+    Takedowns,
+    digest_of,
+    sign,
+)
 from protocol.keys import PrivateKey
-from protocol.layout import LATEST, MANIFEST, ROLE_WEIGHTS, WEIGHTS, checkpoint_directory
+from protocol.layout import LATEST, MANIFEST, ROLE_WEIGHTS, WEIGHTS, checkpoint_directory, takedowns_path
 from tests.protocol.examples import run_config
 from verify.replay import model_config
 
@@ -46,7 +57,18 @@ def publish_genesis(public: Path, run: RunId, config: RunConfig, key: PrivateKey
     return publish_checkpoint(public, run, config, key, 0)
 
 
-def publish_checkpoint(public: Path, run: RunId, config: RunConfig, key: PrivateKey, number: int) -> Manifest:
+def publish_takedowns(public: Path, takedowns: Takedowns, key: PrivateKey) -> Digest:
+    """Write a signed list of pictures taken down; return what a manifest names it by."""
+    digest = digest_of(takedowns)
+    path = public / takedowns_path(digest)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(sign(takedowns, key))
+    return digest
+
+
+def publish_checkpoint(
+    public: Path, run: RunId, config: RunConfig, key: PrivateKey, number: int, takedowns_sha256: str | None = None
+) -> Manifest:
     """Write a checkpoint of untrained weights, others for each number, and its signed manifest."""
     weights = public / checkpoint_directory(number) / WEIGHTS
     weights.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +85,7 @@ def publish_checkpoint(public: Path, run: RunId, config: RunConfig, key: Private
         unmerged=(),
         files=(FileEntry(path=WEIGHTS, sha256=digest.sha256.hex(), size=digest.size),),
         state=(StateEntry(role=ROLE_WEIGHTS, path=WEIGHTS),),
+        takedowns_sha256=takedowns_sha256,
         log_position=0,
         log_head="00" * 32,
     )

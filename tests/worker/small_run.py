@@ -32,6 +32,8 @@ from protocol.documents import (
     RunId,
     SessionProof,
     ShardRef,
+    Takedown,
+    Takedowns,
     Verdict,
     digest_of,
     parse_payload,
@@ -58,7 +60,13 @@ from protocol.trust import RunTrust
 from tests.worker.certificates import self_signed
 from tests.worker.files_server import FilesServer, serving
 from tests.worker.small_audits import Attempt, SmallAudits
-from tests.worker.small_config import publish_checkpoint, publish_genesis, small_config, small_shard
+from tests.worker.small_config import (
+    publish_checkpoint,
+    publish_genesis,
+    publish_takedowns,
+    small_config,
+    small_shard,
+)
 from verify.replay import codec_config, delta_schema
 
 HOUR_MS = 3_600_000
@@ -159,6 +167,20 @@ class SmallRun(SmallAudits):
         self.checkpoint += 1
         publish_checkpoint(self.public, self.run, self.config, self.key, self.checkpoint)
 
+    def take_down(self, *samples: int, checkpoint: int = 0) -> Takedowns:
+        """Publish a checkpoint again whose manifest names a list with these samples of every shard."""
+        entries = tuple(
+            Takedown(shard=shard.sha256, sample=sample, from_round=checkpoint + 1, reason="asked for")
+            for shard in self.config.data.shards
+            for sample in samples
+        )
+        takedowns = Takedowns(run=self.run, entries=entries)
+        digest = publish_takedowns(self.public, takedowns, self.key)
+        found = publish_checkpoint(self.public, self.run, self.config, self.key, checkpoint, digest)
+        if not checkpoint:
+            self.manifest = found
+        return takedowns
+
     def _delegation(self) -> bytes:
         return sign(
             Delegation(
@@ -188,6 +210,7 @@ class SmallRun(SmallAudits):
             index=index,
             base_sha256=self.base_sha256,
             shards=unit_shards(self.config, 1, index),
+            takedowns_sha256=self.manifest.takedowns_sha256,
             seed=unit_seed(unit),
             artifacts=(ArtifactLimit(role="delta", max_bytes=size),),
             duration_ms=self.lease_ms,

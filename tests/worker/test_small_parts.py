@@ -33,6 +33,7 @@ from worker.durable import disk_named, write_durably
 from worker.hardware import device_class, resolve_device, resolve_threads
 from worker.home import WorkerHome
 from worker.identity import load_or_make_identity, read_revocation
+from worker.materials import Materials
 from worker.progress import EVENTS, FILES, Downloaded, Event, Leased, Refused, Step, Waiting
 from worker.reporters import JsonReporter, PlainReporter, TerminalReporter
 from worker.trainer import train_unit
@@ -242,7 +243,8 @@ def test_a_lease_that_allows_less_than_a_delta_may_have_is_refused_before_anythi
 
     def train(max_bytes: int) -> None:
         lease = replace(LEASE, artifacts=(ArtifactLimit(role="delta", max_bytes=max_bytes),))
-        train_unit(config, lease, tmp_path / "missing", [], device="cpu", on_step=lambda *_: None)
+        materials = Materials(base=tmp_path / "missing", shards=(), without=())
+        train_unit(config, lease, materials, device="cpu", on_step=lambda *_: None)
 
     with pytest.raises(AnswerInvalid, match=f"allows less than the {most:,} bytes"):
         train(most - 1)
