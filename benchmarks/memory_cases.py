@@ -83,7 +83,7 @@ def _batch(work: Work) -> Batch:
     latent = (work.batch, config.in_channels, side, side)
     return Batch(
         latent=torch.zeros(latent),
-        text=torch.zeros(work.batch, work.text_tokens, config.joint_attention_dim),
+        text=torch.ones(work.batch, work.text_tokens, config.joint_attention_dim),  # a CPU leaves out rows of zeros
         pooled=torch.zeros(work.batch, config.pooled_projection_dim),
         noise=torch.ones(latent),
         t=torch.full((work.batch,), 0.5),

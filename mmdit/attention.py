@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.nn import functional
 
 from mmdit.config import QkNorm
 from mmdit.layers import apply_linear
-from mmdit.pointwise import rms_norm
 from mmdit.products import attention, linears
 
 _QK_EPS = 1e-6
@@ -21,7 +21,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_BLHE: Tensor) -> Tensor:
         """Normalise the last axis; the shape stays."""
-        return rms_norm(x_BLHE, self.weight, _QK_EPS)
+        return functional.rms_norm(x_BLHE, self.weight.shape, self.weight.to(x_BLHE.dtype), _QK_EPS)
 
 
 class Attention(nn.Module):
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Attend among the image tokens alone; the shape stays."""
-        return self.project_out(_attend(*self.image_heads(x_BLD)))
+        return self.project_out(_attend(*self.image_heads(x_BLD), None))
 
     def image_heads(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the image tokens, each [B, L, heads, head width]."""
@@ -74,8 +74,11 @@ class JointAttention(Attention):
         self.norm_added_k = HeadNorm(hidden // heads, device=device) if qk_norm else None
         self.to_add_out = None if context_pre_only else nn.Linear(hidden, hidden, device=device)
 
-    def joint(self, x_BLD: Tensor, text_BMD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Attend over both streams; returns both updates, the text's only where the block has one."""
+    def joint(self, x_BLD: Tensor, text_BMD: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Attend over both streams; returns both updates, the text's only where the block has one.
+
+        `mask`, if any, is added to the scores; it must spread to [B, heads, queries, image and text tokens].
+        """
         q_BLHE, k_BLHE, v_BLHE = self.image_heads(x_BLD)
         # In the last block nothing reads what the text asks for, so its queries are not computed.
         asked = () if self.to_add_out is None else (self.add_q_proj,)
@@ -84,11 +87,11 @@ class JointAttention(Attention):
         # Joined along the tokens before heads and tokens change places: then each sample is two plain copies.
         k_BSHE, v_BSHE = torch.cat((k_BLHE, k_BMHE), 1), torch.cat((v_BLHE, v_BMHE), 1)
         if self.to_add_out is None:
-            update_BLD = self.project_out(_attend(q_BLHE, k_BSHE, v_BSHE))
+            update_BLD = self.project_out(_attend(q_BLHE, k_BSHE, v_BSHE, mask))
             update_BLD = _WithUnread.apply(update_BLD, *self._text_query_parameters())  # type: ignore[no-untyped-call]
             return update_BLD, None
         q_BMHE = self.split_heads(q_BMD[0], self.norm_added_q)
-        joined_BSD = _attend(torch.cat((q_BLHE, q_BMHE), 1), k_BSHE, v_BSHE)
+        joined_BSD = _attend(torch.cat((q_BLHE, q_BMHE), 1), k_BSHE, v_BSHE, mask)
         # One split, not two slices: its gradient is one concatenation instead of two padded copies and a sum.
         attended_BLD, attended_BMD = torch.split(joined_BSD, [x_BLD.shape[1], text_BMD.shape[1]], dim=1)
         # The linear map folds its bias into the product only if the tokens lie one after the other.
@@ -122,7 +125,7 @@ class _WithUnread(torch.autograd.Function):
         return (*gradients, *(torch.zeros_like(tensor) for tensor in unread))
 
 
-def _attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
+def _attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention of [B, S, heads, head width]; returns [B, S, D]."""
-    out_BHSE = attention(q_BSHE.transpose(1, 2), k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2))
+    out_BHSE = attention(q_BSHE.transpose(1, 2), k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2), mask)
     return out_BHSE.transpose(1, 2).flatten(2)

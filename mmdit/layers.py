@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmdit.config import MMDiTConfig
-from mmdit.pointwise import gelu
+from mmdit.gelu import gelu
 from mmdit.products import linear
 
 _TIMESTEP_DIM = 256

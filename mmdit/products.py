@@ -33,12 +33,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _widened(x, weight, bias)[0] if _goes_through_fp32(x) else functional.linear(x, weight, bias)
 
 
-def attention(q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor) -> Tensor:
-    """Scaled dot-product attention; [B, heads, tokens, head width]."""
+def attention(q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention; [B, heads, tokens, head width]. An fp32 mask is added to the scores."""
     if _goes_through_fp32(q_BHSE):
-        wide = functional.scaled_dot_product_attention(q_BHSE.float(), k_BHSE.float(), v_BHSE.float())
+        wide = functional.scaled_dot_product_attention(q_BHSE.float(), k_BHSE.float(), v_BHSE.float(), mask)
         return wide.to(q_BHSE.dtype)
-    return functional.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE)
+    return functional.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, mask)
 
 
 def rounded_to_bf16(weights: Sequence[Tensor]) -> Sequence[Tensor]:

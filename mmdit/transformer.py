@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mmdit.attention import Attention, JointAttention
 from mmdit.config import MMDiTConfig
 from mmdit.layers import FeedForward, Modulation, PatchEmbed, TimeTextEmbed, apply_linear, layer_norm, modulate
+from mmdit.silence import merge_silence, on_the_keys
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -35,18 +36,21 @@ class Block(nn.Module):
         self.ff = FeedForward(hidden, device=device)
         self.ff_context = None if last else FeedForward(hidden, device=device)
 
-    def forward(self, x_BLD: Tensor, text_BMD: Tensor, act_BD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BLD: Tensor, text_BMD: Tensor, act_BD: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Update both streams; the last block returns the text as it came.
 
         Args:
             x_BLD: image tokens.
             text_BMD: text tokens.
             act_BD: SiLU of the conditioning vector, the same for every block.
+            mask: added to the scores of the joint attention, if anything is.
         """
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = self.norm1.forward(act_BD)
         normed_BLD = layer_norm(x_BLD)
         text_in_BMD, text_gates = self._modulated_text(text_BMD, act_BD)
-        update_BLD, text_update_BMD = self.attn.joint(modulate(normed_BLD, shift, scale), text_in_BMD)
+        update_BLD, text_update_BMD = self.attn.joint(modulate(normed_BLD, shift, scale), text_in_BMD, mask)
         x_BLD = torch.addcmul(x_BLD, gate, update_BLD)
         if self.attn2 is not None:
             shift2, scale2, gate2 = dual
@@ -104,11 +108,13 @@ class MMDiT(nn.Module):
         x_BLD = self.pos_embed.forward(latent_BCHW)
         # Every modulation starts with the same SiLU: taken once.
         act_BD = functional.silu(self.time_text_embed.forward(timestep_B, pooled_BP))
-        text_BMD = apply_linear(self.context_embedder, text_BLD)
+        text_BMD, louder_BM = merge_silence(text_BLD)
+        mask = None if louder_BM is None else on_the_keys(louder_BM, x_BLD.shape[1])
+        text_BMD = apply_linear(self.context_embedder, text_BMD)
         for block in self.transformer_blocks:
             assert isinstance(block, Block)
             run = _computed_again if self.checkpointing else Block.forward
-            x_BLD, text_BMD = run(block, x_BLD, text_BMD, act_BD)
+            x_BLD, text_BMD = run(block, x_BLD, text_BMD, act_BD, mask)
         scale, shift = self.norm_out.forward(act_BD)
         patches_BLP = apply_linear(self.proj_out, modulate(layer_norm(x_BLD), shift, scale))
         return self._unpatchify(patches_BLP, latent_BCHW.shape[-2:])
@@ -119,10 +125,12 @@ class MMDiT(nn.Module):
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, size[0], size[1])
 
 
-def _computed_again(block: Block, x_BLD: Tensor, text_BMD: Tensor, act_BD: Tensor) -> tuple[Tensor, Tensor]:
+def _computed_again(
+    block: Block, x_BLD: Tensor, text_BMD: Tensor, act_BD: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     # Who calls the model with other weights (`functional_call`) takes them away again before the backward pass.
     weights = dict(block.named_parameters())
-    inputs = (x_BLD, text_BMD, act_BD)
+    inputs = (x_BLD, text_BMD, act_BD, mask)
     # Nothing in a block is random.
     result: tuple[Tensor, Tensor] = checkpoint(
         torch.func.functional_call, block, weights, inputs, use_reentrant=False, preserve_rng_state=False

@@ -125,6 +125,31 @@ def test_outputs_and_all_gradients_agree_with_diffusers(case: str) -> None:
         assert float((parameter.grad - expected).abs().max()) <= 1e-5 * float(beside.abs().max()), name
 
 
+@pytest.mark.parametrize("says", [(9, 0, 4), (0, 0, 0), (20, 3, 3)], ids=["three lengths", "nothing", "one that fills"])
+@pytest.mark.parametrize("dual", [(), (0, 1)])
+def test_text_with_rows_of_zeros_gives_diffusers_outputs_and_gradients(
+    says: tuple[int, ...], dual: tuple[int, ...]
+) -> None:
+    config = replace(SMALL, dual_attention_layers=dual)
+    ours, theirs = _pair(config)
+    latent, text, pooled, timestep = _inputs(config, (16, 16), 20)
+    for row, count in enumerate(says):
+        # Not only at the end: an encoder that was dropped leaves a gap before the next one's rows.
+        text[row, 2 : 2 + 20 - count] = 0
+        text[row, :2] = text[row, :2] if count > 2 else 0
+    ours_out = ours(latent, text, pooled, timestep)
+    theirs_out = _run_reference(theirs, (latent, text, pooled, timestep))
+    assert _relative_difference(ours_out, theirs_out) < 1e-5
+    for out in (ours_out, theirs_out):
+        torch.autograd.backward(out, torch.randn(out.shape, generator=torch.Generator().manual_seed(2)))
+    theirs_gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        expected = theirs_gradients[name].grad
+        assert parameter.grad is not None
+        assert expected is not None
+        assert float((parameter.grad - expected).abs().max()) <= 1e-5 * float(expected.abs().max()), name
+
+
 @pytest.mark.parametrize("case", _CASES)
 def test_state_dict_has_the_same_keys_and_shapes_as_diffusers(case: str) -> None:
     config = _CASES[case][0]

@@ -59,7 +59,7 @@ def test_both_ways_of_a_bf16_product_agree_and_so_do_weights_held_in_fp32() -> N
 def test_attention_through_fp32_is_the_exact_one_rounded() -> None:
     q, k, v = (_bf16(seed, 2, 3, 9, 8) for seed in range(3))
     with bf16_products(through_fp32=True):
-        found = attention(q, k, v)
+        found = attention(q, k, v, None)
     scores = (q.double() @ k.double().transpose(2, 3) / 8**0.5).softmax(-1)
     assert found.dtype == torch.bfloat16
     assert _apart(found, scores @ v.double()) < 2**-8

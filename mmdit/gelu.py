@@ -1,4 +1,4 @@
-"""GELU and RMS norm, with backward passes made for training on a CPU: torch's own take several times as long there."""
+"""The tanh-approximated GELU, made for training on a CPU."""
 
 import math
 
@@ -16,13 +16,9 @@ _CUBE = 0.044715 * _LINE
 _CHUNK = 1 << 17
 
 
-def _is_trained_on_a_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled() and not under_transform()
-
-
 def gelu(x: Tensor) -> Tensor:
     """x times the approximated normal distribution function; the shape stays."""
-    if _is_trained_on_a_cpu(x):
+    if x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled() and not under_transform():
         return _Gelu.apply(x)  # type: ignore[no-any-return,no-untyped-call]
     return functional.gelu(x, approximate="tanh")
 
@@ -57,38 +53,3 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
         (derivative,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return torch.mul(gradients[0], derivative)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x over the root of its mean square along the last axis, times the weight; the shape stays.
-
-    The weight of a bf16 model may be held in fp32.
-    """
-    if _is_trained_on_a_cpu(x):
-        return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
-    return functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-
-
-class _RmsNorm(torch.autograd.Function):
-    """With r = 1 / root mean square: y = x r w, and the gradient is g w r - x r^3 mean(g w x).
-
-    Both sums in it are matrix-vector products of g x. torch's backward pass goes through every operation of the
-    forward pass by itself.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide, wide_weight = x.float(), weight.float()
-        r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, r)
-        return torch.mul(wide, r).mul_(wide_weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, r = ctx.saved_tensors  # type: ignore[attr-defined]
-        wide, g, wide_weight, width = x.float(), gradients[0].float(), weight.float(), weight.shape[0]
-        products = torch.mul(g, wide).reshape(-1, width)
-        sums = torch.mv(products, wide_weight).view(r.shape).mul_(r**3).mul_(1.0 / width)
-        # Rounded as the run's precision has it, whatever holds the weight: else it would matter where weights are kept.
-        of_weight = torch.mv(products.t(), r.reshape(-1)).to(x.dtype).to(weight.dtype)
-        return torch.mul(g, wide_weight).mul_(r).addcmul_(wide, sums, value=-1.0).to(x.dtype), of_weight, None
