@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.allocations import Allocations
+from benchmarks.plain_training import LR, plain_training
 from diloco.draws import Batch
 from diloco.execution import Execution
 from diloco.memory import Work
@@ -26,7 +27,7 @@ def measured_on_gpu(work: Work, execution: Execution) -> int:
     trainer = make_trainer(_training(work), work.config, _base(work.config), device="cuda", execution=execution)
     for _ in range(_STEPS):
         torch.cuda.reset_peak_memory_stats()
-        trainer.step(_batch(work), 1e-4)
+        trainer.step(_batch(work), LR)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
 
@@ -45,28 +46,12 @@ def measured_bytes(work: Work, execution: Execution, *, fake: bool) -> int:
         trainer = make_trainer(_training(work), work.config, _base(work.config), device="cpu", execution=execution)
         for _ in range(_STEPS):
             allocations.reset()
-            trainer.step(_batch(work), 1e-4)
+            trainer.step(_batch(work), LR)
     return allocations.peak
 
 
 def _training(work: Work) -> TrainingSpec:
-    return TrainingSpec(
-        steps=_STEPS,
-        batch=work.batch,
-        lr=1e-4,
-        warmup_steps=0,
-        beta1=0.9,
-        beta2=0.99,
-        eps=1e-8,
-        weight_decay=0.01,
-        grad_clip=1.0,
-        text_dropout=0,
-        shift=1.0,
-        max_tokens=work.text_tokens,
-        segment_steps=1,
-        precision=work.precision,
-        optimizer=work.optimizer,
-    )
+    return plain_training(batch=work.batch, tokens=work.text_tokens, precision=work.precision, optimizer=work.optimizer)
 
 
 def _base(config: MMDiTConfig) -> dict[str, Floats]:

@@ -35,6 +35,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from benchmarks.plain_training import LR, plain_training
 from benchmarks.report import Report
 from diloco.determinism import set_precision
 from diloco.draws import Batch
@@ -48,7 +49,6 @@ from mmdit.transformer import MMDiT
 Precision = Literal["fp32", "bf16"]
 Side = Literal["ours", "theirs"]
 _MOST_WARM_UP: Final = 3
-_LR: Final = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,23 +146,7 @@ def _batch(case: Case) -> Batch:
 
 
 def _training(case: Case) -> TrainingSpec:
-    return TrainingSpec(
-        steps=1,
-        batch=case.batch,
-        lr=_LR,
-        warmup_steps=0,
-        beta1=0.9,
-        beta2=0.99,
-        eps=1e-8,
-        weight_decay=0.01,
-        grad_clip=1.0,
-        text_dropout=0,
-        shift=1.0,
-        max_tokens=case.tokens,
-        segment_steps=1,
-        precision=case.precision,
-        optimizer="adamw",
-    )
+    return plain_training(batch=case.batch, tokens=case.tokens, precision=case.precision)
 
 
 def _our_step(case: Case) -> Callable[[], float]:
@@ -171,7 +155,7 @@ def _our_step(case: Case) -> Callable[[], float]:
     trainer = make_trainer(_training(case), case.config, base, device=case.device, execution=Execution())
 
     def step() -> float:
-        (loss,) = trainer.step(drawn, _LR)
+        (loss,) = trainer.step(drawn, LR)
         return float(loss.item())
 
     return step
@@ -182,7 +166,7 @@ def _their_step(case: Case) -> Callable[[], float]:
     drawn, model = _batch(case), _reference(case)
     training = _training(case)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=_LR, betas=(0.9, 0.99), weight_decay=training.weight_decay, fused=True
+        model.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=training.weight_decay, fused=True
     )
 
     def predict(latent: Tensor, text: Tensor, pooled: Tensor, timestep: Tensor, /) -> Tensor:

@@ -51,9 +51,9 @@ def find_components(place: str) -> Path:
 
 
 @contextmanager
-def said_as_usage() -> Iterator[None]:
+def said_as_usage(kind: type[ValueError] = ValueError) -> Iterator[None]:
     """Turn what does not fit in the options of a command into a `UsageError` with the same words."""
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         raise UsageError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from commonweight.provenance import Provenance
+from mmdit.encoders import EncodersConfig
 from mmdit.export import EMA_PATH
 from mmdit.precision import Precision
 from protocol.printing import printable
@@ -39,12 +40,19 @@ def metadata(origin: Provenance | None) -> dict[str, str]:
     return said
 
 
-def model_card(origin: Provenance | None, precision: Precision) -> str:
-    """Return README.md of an exported directory: YAML for the hub, then the same for people, and how to load it."""
+def model_card(origin: Provenance | None, precision: Precision, *, pipeline: EncodersConfig | None = None) -> str:
+    """Return README.md of an exported directory: YAML for the hub, then the same for people, and how to load it.
+
+    Args:
+        origin: where the weights come from, if that is known.
+        precision: of the weights.
+        pipeline: the text encoders, if they lie there too and the directory is a whole pipeline.
+    """
     lines = ["---", *_front_matter(origin), "---", "", *(_known(origin) if origin else _unknown()), ""]
+    lines += ["## How to use it", ""]
+    if pipeline is not None:
+        lines += [*_pipeline(pipeline, precision), ""]
     lines += [
-        "## How to use it",
-        "",
         "The transformer, in diffusers' layout:",
         "",
         "```python",
@@ -63,6 +71,19 @@ def model_card(origin: Provenance | None, precision: Precision) -> str:
     if origin is not None:
         lines += ["", *_shards(origin)]
     return "\n".join(lines) + "\n"
+
+
+def _pipeline(encoders: EncodersConfig, precision: Precision) -> Iterator[str]:
+    t5 = [encoder.tokens for encoder in encoders.encoders if encoder.name == "t5"]
+    yield "All of it; the number of T5's tokens is what the model was trained with:" if t5 else "All of it:"
+    yield ""
+    yield "```python"
+    yield "import torch"
+    yield "from diffusers import StableDiffusion3Pipeline"
+    yield ""
+    yield f'pipeline = StableDiffusion3Pipeline.from_pretrained(".", torch_dtype={_TORCH[precision]})'
+    yield f'pipeline("a caption"{"".join(f", max_sequence_length={tokens}" for tokens in t5)}).images[0]'
+    yield "```"
 
 
 def _front_matter(origin: Provenance | None) -> Iterator[str]:

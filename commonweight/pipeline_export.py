@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from commonweight.tiny_components import write_identity_vae
-from mmdit.components import FOLDERS, VAE_FOLDER, ComponentsMissing, copied_files, library, require_networks
+from mmdit.components import CLASSES, FOLDERS, VAE_FOLDER, ComponentsMissing, copied_files, library, require_networks
 from mmdit.encoders import EncodersConfig
 from mmdit.export import Loaded
 from mmdit.space import VaeSpace
 
 _INDEX: Final = "model_index.json"
 _TOKENIZERS: Final = {"clip_l": "CLIPTokenizer", "clip_g": "CLIPTokenizer", "t5": "T5TokenizerFast"}
-_NETWORKS: Final = {
-    "clip_l": "CLIPTextModelWithProjection",
-    "clip_g": "CLIPTextModelWithProjection",
-    "t5": "T5EncoderModel",
-}
 
 
 def write_pipeline_parts(directory: Path, loaded: Loaded, components: Path) -> tuple[str, ...]:
@@ -68,7 +63,7 @@ def _index(directory: Path, heard: list[Any]) -> tuple[Mapping[str, Any], tuple[
     lacking: list[str] = []
     for name, (network, tokenizer) in FOLDERS.items():
         if name in heard:
-            index[network] = ["transformers", _NETWORKS[name]]
+            index[network] = ["transformers", CLASSES[name]]
             index[tokenizer] = ["transformers", _tokenizer_class(directory / tokenizer) or _TOKENIZERS[name]]
         else:
             index[network] = index[tokenizer] = [None, None]

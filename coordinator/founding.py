@@ -24,18 +24,15 @@ from coordinator.directory import (
     sync,
     write_file,
 )
+from coordinator.founding_checks import check_config, check_curated, check_evidence, check_shards
 from coordinator.prepared_data import check_settings, describe
 from coordinator.settings import Settings, render
-from coordinator.settings_problems import show
-from coordinator.settings_sections import DataSettings
 from coordinator.signed import Curated, Described, run_config
 from diloco.checkpoint import write_checkpoint
 from diloco.genesis import initial_state
 from diloco.shards import Shard
-from mmdit.conditioning import ConditioningConfig
 from mmdit.export import write_description
 from protocol import layout
-from protocol.assignment import stage_shards
 from protocol.canonical import sha256_hex
 from protocol.documents import (
     DatasetManifest,
@@ -52,15 +49,12 @@ from protocol.documents import (
     sign,
 )
 from protocol.errors import (
-    ConfigInvalid,
-    DatasetInvalid,
     DelegationInvalid,
     DirectoryNotEmpty,
     KeyUnreadable,
-    ShardCorrupt,
 )
 from protocol.keys import PrivateKey, PublicKey
-from protocol.limits import DELEGATION_MS, MAX_PUBLIC_DOCUMENT_BYTES, MAX_SHARD_BYTES, MIB
+from protocol.limits import DELEGATION_MS, MAX_PUBLIC_DOCUMENT_BYTES
 
 SEED_BYTES: Final = 32
 _MARKER: Final = "root.pub"
@@ -129,8 +123,8 @@ def found(
     if dataset is not None:
         check_settings(settings, dataset.manifest)
     described = describe(settings, None if dataset is None else dataset.manifest)
-    _check_shards(settings, described, shards, heldout)
-    _check_evidence(settings, calibration)
+    check_shards(settings, described, shards, heldout)
+    check_evidence(settings, calibration)
     if not directory.founding.exists():
         _refuse_key_file(root_key_out)
     with _held(directory), disk_trouble_explained("No run was made"):
@@ -149,76 +143,6 @@ def found(
             _export(root, root_key_out)
             _commit(directory, envelope)
     return directory.identity()
-
-
-def _check_shards(settings: Settings, described: Described, shards: Sequence[Path], heldout: Path) -> None:
-    if len(shards) < settings.rounds.shards_per_unit:
-        raise ConfigInvalid(
-            f"rounds.shards_per_unit is {settings.rounds.shards_per_unit}, but the data has {len(shards)} training "
-            "shards: lower the first, or give more shards."
-        )
-    shape, text = settings.model_shape(), described.conditioning.layout
-    patch, largest = shape.patch_size, shape.pos_embed_max_size * shape.patch_size
-    if text.token_dim != shape.joint_attention_dim or text.pooled_dim != shape.pooled_projection_dim:
-        raise ConfigInvalid(
-            f"model.preset is {settings.model.preset}, which hears tokens of {shape.joint_attention_dim} and a pooled "
-            f"vector of {shape.pooled_projection_dim}, but the data set was prepared for {text.token_dim} and "
-            f"{text.pooled_dim}."
-        )
-    for path in (*shards, heldout):
-        try:
-            if path.stat().st_size > MAX_SHARD_BYTES:
-                raise ShardCorrupt(f"Shard {path} is larger than {MAX_SHARD_BYTES:,} bytes; cut it into more shards.")
-            shard = Shard.open(path)
-        except OSError as error:
-            raise ShardCorrupt(f"Shard {path} can't be read: {error.strerror}.") from None
-        if settings.data == DataSettings() and shard.info.source != settings.data.source:
-            raise ConfigInvalid(
-                f"data.source is {show(settings.data.source)} (the default), but {path.name} says "
-                f"{show(shard.info.source)}: describe your data in [data], its licence too."
-            )
-        channels, *sides = shard.size
-        if channels != shape.in_channels or any(side % patch or side > largest for side in sides):
-            raise ConfigInvalid(
-                f"model.preset is {settings.model.preset}, which needs shards of {shape.in_channels} channels, "
-                f"with sides that are multiples of {patch} up to {largest}, but {path.name} has (channels, height, "
-                f"width) = {shard.size}."
-            )
-        _check_text(settings, described, path, shard)
-
-
-def _check_text(settings: Settings, described: Described, path: Path, shard: Shard) -> None:
-    """Raise ConfigInvalid unless a shard holds what the run hears."""
-    embedded = isinstance(described.conditioning, ConditioningConfig)
-    for part in described.conditioning.layout.parts:
-        widths = shard.text_widths.get(part.name)
-        if widths is None and embedded and shard.has_captions:
-            continue
-        if widths != (part.width, part.pooled):
-            raise ConfigInvalid(
-                f"model.preset is {settings.model.preset} and model.text {show(settings.model.text)}, which needs "
-                f"text of (token width, pooled width) = {(part.width, part.pooled)}, but {path.name} has {widths}."
-            )
-        if shard.longest(part.name) > part.rows:
-            raise ConfigInvalid(
-                f"model.max_tokens is {part.rows}, but {path.name} has a caption of {shard.longest(part.name)} tokens: "
-                "raise the first, or encode the captions shorter."
-            )
-
-
-def _check_evidence(settings: Settings, calibration: bytes | None) -> None:
-    named = settings.verification.evidence_sha256
-    found = None if calibration is None else sha256_hex(calibration)
-    if named is not None and found is None:
-        raise ConfigInvalid(
-            f"verification.evidence_sha256 is {show(named)}, but no calibration is given: pass the file with "
-            "--calibration, or leave the setting out."
-        )
-    if named != found:
-        raise ConfigInvalid(
-            f"verification.evidence_sha256 is {'not set' if named is None else show(named)}, but the calibration given "
-            f"to --calibration has {show(found)}: leave the setting out, it is set from the file."
-        )
 
 
 def _clear(directory: RunDirectory, root_key_out: Path) -> PrivateKey:
@@ -289,11 +213,9 @@ def _build(
         described=data.described,
         curated=None if data.dataset is None else data.dataset.curated,
     )
-    _check_distinct(config)
-    _check_stages(config)
-    _check_unit_bytes(config)
+    check_config(config)
     if data.dataset is not None:
-        _check_curated(config, data.dataset)
+        check_curated(config, data.dataset.manifest)
     run = RunId(str(root.public.key_id))
     delegation = Delegation(
         run=run, role="coordinator", public_key=coordinator.public.hex, not_after_ms=now_ms + DELEGATION_MS
@@ -375,44 +297,6 @@ def _add_shard(path: Path, public: Path) -> ShardRef:
     shard = Shard.open(content)
     _, height, width = shard.size
     return ShardRef(sha256=sha256, size=len(content), samples=shard.n, height=height, width=width)
-
-
-def _check_stages(config: RunConfig) -> None:
-    for stage in config.rounds.stages:
-        _, shards = stage_shards(config, stage.first_round)
-        if len(shards) < config.rounds.shards_per_unit:
-            raise ConfigInvalid(
-                f"rounds.stages has a stage of {stage.side} latent pixels a side from round {stage.first_round} "
-                f"on, but {len(shards)} shards have pictures of about that size, and rounds.shards_per_unit is "
-                f"{config.rounds.shards_per_unit}."
-            )
-
-
-def _check_unit_bytes(config: RunConfig) -> None:
-    largest = sorted((shard.size for shard in config.data.shards), reverse=True)
-    asked = sum(largest[: config.rounds.shards_per_unit])
-    if asked > config.rounds.max_bytes_per_unit:
-        raise ConfigInvalid(
-            f"rounds.shards_per_unit is {config.rounds.shards_per_unit}, which can make a unit fetch {asked:,} bytes, "
-            f"but rounds.max_mib_per_unit is {config.rounds.max_bytes_per_unit // MIB}: lower the first, raise the "
-            "second, or prepare smaller shards."
-        )
-
-
-def _check_curated(config: RunConfig, dataset: SignedDataset) -> None:
-    """Raise DatasetInvalid unless the run's shards are those that the curator has signed for."""
-    signed = dataset.manifest
-    expected = [shard.sha256 for shard in (*signed.shards, signed.heldout)]
-    if [shard.sha256 for shard in (*config.data.shards, config.data.heldout)] != expected:
-        raise DatasetInvalid("The shards are not those that the curator has signed for; copy the data set again.")
-
-
-def _check_distinct(config: RunConfig) -> None:
-    digests = [shard.sha256 for shard in (*config.data.shards, config.data.heldout)]
-    if len(set(digests)) != len(digests):
-        raise ConfigInvalid(
-            "Two of the shards are the same file; each must be given once, and the held-out one must not be trained on."
-        )
 
 
 def _write_genesis(checkpoint: Path, settings: Settings, described: Described, seed: bytes) -> Digest:

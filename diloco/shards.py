@@ -54,27 +54,14 @@ _ANY_ROWS: Final = 1 << 31
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
-    """Where a shard comes from, as its header says: licence, source, and optionally a digest of the captions."""
+    """Where a shard comes from, as its header says."""
 
     licence: str
     source: str
-    captions_digest: str | None = None
 
     def to_json(self, n: int) -> dict[str, object]:
         """Return the metadata object of a shard of `n` samples."""
-        described: dict[str, object] = {"format": FORMAT, "licence": self.licence, "n": n, "source": self.source}
-        if self.captions_digest is not None:
-            described["captions_digest"] = self.captions_digest
-        return described
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One picture's training data, fp16: latent [C, H, W], text [L, D] without padding, pooled [P]."""
-
-    latent: Halves
-    text: Halves
-    pooled: Halves
+        return {"format": FORMAT, "licence": self.licence, "n": n, "source": self.source}
 
 
 def write_shard(
@@ -256,11 +243,6 @@ class Shard:
         found = self.parts.get(part)
         return None if found is None else found.of(self.n if i is None else i)
 
-    def sample(self, i: int) -> Sample:
-        """Return sample `i`, with what the embedded encoder has made of its caption."""
-        text = self.parts[""].of(i)
-        return Sample(latent=self.latent[i], text=text.tokens, pooled=text.pooled)
-
     def longest(self, part: str) -> int:
         """Return the tokens of the longest text of an encoder."""
         return int(np.diff(self.parts[part].offsets).max())
@@ -329,11 +311,6 @@ class ShardSet:
                 found.append(None if number in left_out else left)
                 left += number not in left_out
         return found
-
-    def sample(self, i: int) -> Sample:
-        """Return sample `i` of all shards' samples that are left."""
-        shard, at = self.place(i)
-        return shard.sample(at)
 
     def batch(
         self, indices: Sequence[int], max_tokens: int, heard: Sequence[Sequence[int]] | None = None
@@ -418,10 +395,10 @@ def _read_info(layout: Layout, n: int) -> ShardInfo:
         raise ValueError("its header does not describe a shard")
     if described.get("format") != FORMAT:
         raise ValueError(f"it has format {described.get('format')}; this version reads format {FORMAT}")
-    licence, source, captions = (described.get(name) for name in ("licence", "source", "captions_digest"))
-    if not isinstance(licence, str) or not isinstance(source, str) or not isinstance(captions, str | None):
-        raise ValueError("its licence, source or captions digest is not a text")
-    info = ShardInfo(licence=licence, source=source, captions_digest=captions)
+    licence, source = described.get("licence"), described.get("source")
+    if not isinstance(licence, str) or not isinstance(source, str):
+        raise ValueError("its licence or source is not a text")
+    info = ShardInfo(licence=licence, source=source)
     if canonical_json(info.to_json(n)) != value.encode("utf-8"):
         raise ValueError("its description is not canonical, or names another number of samples")
     return info

@@ -29,11 +29,12 @@ FOLDERS: Final[Mapping[EncoderName, tuple[str, str]]] = {
 }
 """Of each text encoder the folders of its network and its tokenizer."""
 VAE_FOLDER: Final = "vae"
-_CLASSES: Final[Mapping[EncoderName, str]] = {
+CLASSES: Final[Mapping[EncoderName, str]] = {
     "clip_l": "CLIPTextModelWithProjection",
     "clip_g": "CLIPTextModelWithProjection",
     "t5": "T5EncoderModel",
 }
+"""Of each text encoder its class in transformers."""
 _MEANINGFUL: Final = (".json", ".safetensors", ".txt", ".model")
 _CLIP_TOKENS: Final = 77
 T5_TOKENS: Final = 77
@@ -61,8 +62,9 @@ def folder_digest(*folders: Path) -> str:
 
 
 def copied_files(folder: Path) -> list[Path]:
-    """Return the files of a network's folder that say what it computes."""
-    return sorted(path for path in folder.rglob("*") if path.suffix in _MEANINGFUL and path.is_file())
+    """Return the files of a network's folder that say what it computes. Copies of the weights in fp16 do not."""
+    found = (path for path in folder.rglob("*") if path.suffix in _MEANINGFUL and path.is_file())
+    return sorted(path for path in found if ".fp16" not in path.name)
 
 
 def require_networks(components: Path, conditioning: EncodersConfig, vae: VaeSpace | None) -> None:
@@ -180,7 +182,7 @@ def _describe(components: Path, name: EncoderName, t5_tokens: int) -> TextEncode
             sha256=folder_digest(network, tokenizer),
         )
     except (KeyError, TypeError) as error:
-        raise ComponentsMissing(f"{network / 'config.json'} is not that of a {_CLASSES[name]} ({error})") from None
+        raise ComponentsMissing(f"{network / 'config.json'} is not that of a {CLASSES[name]} ({error})") from None
 
 
 def load_encoders(
@@ -198,7 +200,7 @@ def load_encoders(
             continue
         network, tokenizer = (components / folder for folder in FOLDERS[encoder.name])
         _require_digest(encoder.name, encoder.sha256, network, tokenizer)
-        kind = getattr(transformers, _CLASSES[encoder.name])
+        kind = getattr(transformers, CLASSES[encoder.name])
         loaded = _quietly(kind.from_pretrained, network, local_files_only=True, use_safetensors=True)
         loaded = loaded.eval().requires_grad_(requires_grad=False).to(device=device, dtype=torch.float32)
         reads = _quietly(transformers.AutoTokenizer.from_pretrained, tokenizer, local_files_only=True)

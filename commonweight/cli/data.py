@@ -39,6 +39,14 @@ class Text(StrEnum):
     ENCODERS = "encoders"
 
 
+class Device(StrEnum):
+    """What networks run on."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class Padding(StrEnum):
     """What stands after the end of a caption."""
 
@@ -82,7 +90,7 @@ def prepare(
         ),
     ] = Padding.ENCODER,
     t5_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of T5.")] = 77,
-    device: Annotated[str, typer.Option(help='What the networks run on: "cpu" or "cuda".')] = "cpu",
+    device: Annotated[Device, typer.Option(help="What the networks run on.")] = Device.AUTO,
     side: Annotated[
         list[int] | None,
         typer.Option(
@@ -146,6 +154,8 @@ def prepare(
     from commonweight.data.pictures import buckets
     from commonweight.data.prepare import Recipe, begin_again
     from commonweight.data.prepare import prepare as make
+    from mmdit.components import ComponentsMissing
+    from worker.hardware import resolve_device
 
     shape = _shape(preset)
     place = None if components is None else find_components(components)
@@ -158,7 +168,7 @@ def prepare(
             t5_tokens=t5_tokens,
         )
         conditioning, space = conditioning_for(shape, asked, place), space_for(shape, preset, place)
-        encoder = encoder_for(space, conditioning, place, device)
+        encoder = encoder_for(space, conditioning, place, resolve_device(device.value) if place else "cpu")
         sides = sorted(set(side or [space.pixel_height]))
         families = tuple(
             buckets(
@@ -196,7 +206,7 @@ def prepare(
     )
     curator_key = key or out.absolute().parent / f"{out.absolute().name}-curator.pem"
     began, sign_with = time.monotonic(), _curator(curator_key)
-    with _told() as tell:
+    with _told() as tell, said_as_usage(ComponentsMissing):
         manifest = make(source, out, recipe, sign_with, processes=processes or os.cpu_count() or 1, on_progress=tell)
     _show(out, manifest, time.monotonic() - began)
     typer.echo(f"signed with {curator_key}; keep it: later versions of the data set should have the same curator")

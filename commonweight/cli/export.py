@@ -107,6 +107,12 @@ def export(
         typer.echo("note: no manifest lies there, so the export names no run, no licence and no data", err=True)
     if form is Form.COMFYUI:
         _warn(loaded)
+    if networks is not None and getattr(loaded.conditioning, "padding", None) == "zeros":
+        typer.echo(
+            "note: the run hears text without padding, which the pipeline does not make of a prompt; give it "
+            "prompt_embeds, or draw with commonweight sample",
+            err=True,
+        )
     if lacking:
         given = ", ".join(f"{name}=None" for name in lacking)
         typer.echo(f"note: the run has no such encoder: open the pipeline with {given}", err=True)
@@ -135,6 +141,7 @@ def _write(
     """Write it; return the bytes of the weights, and which parts a pipeline lacks."""
     from commonweight.model_card import metadata, model_card
     from mmdit.comfyui import to_single_file
+    from mmdit.encoders import EncodersConfig
     from mmdit.export import WEIGHTS_PATH, write_description
     from mmdit.precision import narrowed
     from mmdit.weights_file import write_weights
@@ -154,7 +161,8 @@ def _write(
                 out, config=loaded.config, conditioning=loaded.conditioning, space=loaded.space, shift=loaded.shift
             )
             lacking = () if networks is None else _write_parts(out, loaded, networks)
-            (out / _CARD).write_text(model_card(origin, precision), encoding="utf-8")
+            encoders = loaded.conditioning if isinstance(loaded.conditioning, EncodersConfig) and networks else None
+            (out / _CARD).write_text(model_card(origin, precision, pipeline=encoders), encoding="utf-8")
         write_weights(partial, state, metadata(origin))
         partial.rename(target)
     return target.stat().st_size, lacking

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from commonweight.data.fetched import text_bytes
 from commonweight.data.pictures import Bucket
 from diloco.shards import Halves
 from mmdit.components import Autoencoder, TextEncoders, load_encoders, load_vae
@@ -62,8 +63,7 @@ class EmbeddedEncoder:
 
     def latents(self, pictures_NHWC: ByteImages) -> Halves:
         """Move pixels into the space."""
-        sized = replace(self.space, height=pictures_NHWC.shape[1], width=pictures_NHWC.shape[2])
-        return sized.encode(pictures_NHWC).astype(np.float16)
+        return _pixel_latents(self.space, pictures_NHWC)
 
     def texts(self, captions: Sequence[str]) -> Mapping[str, Sequence[Encoded]]:  # noqa: ARG002  they stay captions
         """None: captions are enough."""
@@ -98,12 +98,13 @@ class NetworkEncoder:
     def sample_bytes(self, caption: str, bucket: Bucket) -> int:
         """Latents in fp16, the caption, and the text of each encoder, as if it filled all its rows."""
         latent = bucket.height * bucket.width // self.space.factor**2 * self.space.channels
-        return 2 * (latent + sum(text_values(self.conditioning).values())) + len(caption.encode()) + 8
+        networks = self.conditioning.encoders if isinstance(self.conditioning, EncodersConfig) else ()
+        return 2 * latent + sum(text_bytes(one, one.tokens) for one in networks) + len(caption.encode()) + 8
 
     def latents(self, pictures_NHWC: ByteImages) -> Halves:
         """Encode pictures."""
         if isinstance(self.space, PixelSpace):
-            return EmbeddedEncoder(space=self.space, conditioning=_UNUSED).latents(pictures_NHWC)
+            return _pixel_latents(self.space, pictures_NHWC)
         return _autoencoder(self.components, self.space, self.device).encode(pictures_NHWC).astype(np.float16)
 
     def texts(self, captions: Sequence[str]) -> Mapping[str, Sequence[Encoded]]:
@@ -122,14 +123,9 @@ class NetworkEncoder:
         return {"space": space_to_json(self.space), "conditioning": conditioning_to_json(self.conditioning)}
 
 
-_UNUSED = ConditioningConfig(kind="bytes", max_tokens=1, token_dim=32, pooled_dim=1)
-
-
-def text_values(conditioning: Conditioning) -> dict[str, int]:
-    """Return for each text encoder the numbers that it makes of a caption, if all its rows are filled."""
-    if isinstance(conditioning, ConditioningConfig):
-        return {}
-    return {encoder.name: encoder.tokens * encoder.width + encoder.pooled for encoder in conditioning.encoders}
+def _pixel_latents(space: PixelSpace, pictures_NHWC: ByteImages) -> Halves:
+    sized = replace(space, height=pictures_NHWC.shape[1], width=pictures_NHWC.shape[2])
+    return sized.encode(pictures_NHWC).astype(np.float16)
 
 
 # A process that prepares loads each network once; they don't travel with the recipe.

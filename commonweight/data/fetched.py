@@ -42,11 +42,12 @@ def choices(space: Space, conditioning: EncodersConfig | None, caption_character
     clips = [encoder for encoder in encoders if encoder.name in CLIPS]
     for name, heard in (("text of the CLIPs", clips), ("text of all encoders", encoders)):
         if heard and not (heard is not clips and len(clips) == len(encoders)):
-            found.append(Choice(name=name, picture_bytes=base + sum(_bytes(one, one.tokens) for one in heard)))
-            short = base + sum(_bytes(one, min(tokens, one.tokens)) for one in heard)
+            found.append(Choice(name=name, picture_bytes=base + sum(text_bytes(one, one.tokens) for one in heard)))
+            short = base + sum(text_bytes(one, min(tokens, one.tokens)) for one in heard)
             found.append(Choice(name=f"{name}, without padding, about", picture_bytes=short))
     return found
 
 
-def _bytes(encoder: TextEncoder, tokens: int) -> int:
+def text_bytes(encoder: TextEncoder, tokens: int) -> int:
+    """Return what an encoder's text of so many tokens takes in a shard."""
     return _HALF * (tokens * encoder.width + encoder.pooled)

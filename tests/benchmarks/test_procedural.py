@@ -32,7 +32,7 @@ def test_a_caption_says_which_shape_is_shown() -> None:
     means = {}
     for name in ("disc", "rails"):
         first, _ = encode_caption(name, CONDITIONING)
-        of_it = [i for i in range(300) if np.array_equal(pictures.sample(i).text[0], first[0])]
+        of_it = [i for i in range(300) if np.array_equal(pictures.parts[""].of(i).tokens[0], first[0])]
         assert len(of_it) > 300 / len(SHAPES) / 2
         means[name] = np.mean(np.abs(np.diff(pictures.latent[of_it, 0].astype(np.float32), axis=2)))
     assert means["rails"] > 1.3 * means["disc"], "rails have more edges from left to right"

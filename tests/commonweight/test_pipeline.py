@@ -190,6 +190,12 @@ def test_the_exported_pipeline_opens_with_no_further_arguments_and_draws_from_a_
     assert drawn["blue"] < -0.3
 
 
+def test_the_model_card_says_how_to_open_the_pipeline_and_with_how_many_tokens(pipeline: Path) -> None:
+    card = (pipeline / "README.md").read_text()
+    assert 'StableDiffusion3Pipeline.from_pretrained(".", torch_dtype=torch.float32)' in card
+    assert 'pipeline("a caption", max_sequence_length=16).images[0]' in card
+
+
 def test_the_pipeline_draws_with_all_its_defaults(pipeline: Path) -> None:
     with quiet():
         opened = library("diffusers").StableDiffusion3Pipeline.from_pretrained(str(pipeline))

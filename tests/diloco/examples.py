@@ -18,7 +18,7 @@ OTHER_SEED = bytes(range(1, 33))
 UNIT_ID = bytes([7]) * 32
 CODEC = CodecConfig(kind="dither", levels=1, block=256, reach=704, width=128)
 FINE = CodecConfig(kind="dither", levels=7, block=256, reach=1280, width=256)
-INFO = ShardInfo(licence="CC0-1.0", source="made for a test", captions_digest="00" * 32)
+INFO = ShardInfo(licence="CC0-1.0", source="made for a test")
 
 TINY = MMDiTConfig(
     sample_size=4,

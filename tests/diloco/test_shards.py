@@ -29,10 +29,10 @@ def test_samples_come_back_without_padding(tmp_path: Path) -> None:
     for shard in (Shard.open(raw), Shard.open(tmp_path / "shard")):
         assert (shard.n, shard.info) == (3, INFO)
         for i in range(3):
-            sample = shard.sample(i)
-            assert np.array_equal(sample.text, texts[i])
-            assert np.array_equal(sample.latent, halves(3, 1, 2, 2)[i])
-            assert np.array_equal(sample.pooled, halves(3, 5)[i])
+            text = shard.parts[""].of(i)
+            assert np.array_equal(text.tokens, texts[i])
+            assert np.array_equal(shard.latent[i], halves(3, 1, 2, 2)[i])
+            assert np.array_equal(text.pooled, halves(3, 5)[i])
 
 
 def test_safetensors_reads_a_shard() -> None:
@@ -48,16 +48,16 @@ def test_equal_content_gives_equal_bytes() -> None:
 def test_a_set_counts_through_its_shards_and_pads_a_batch() -> None:
     shards = shard_set()
     assert shards.n == 33
-    assert np.array_equal(shards.sample(20).latent, shards.shards[1].sample(0).latent)
+    assert shards.place(20) == (shards.shards[1], 0)
     latent, text, pooled = shards.batch([0, 32, 19], 6)
     assert (latent.shape, text.shape, pooled.shape) == ((3, 1, 4, 4), (3, 6, 12), (3, 8))
-    last = shards.shards[1].sample(12)
-    assert np.array_equal(text[1, : len(last.text)].numpy(), last.text.astype(np.float32))
-    assert not text[1, len(last.text) :].any()
+    last = shards.shards[1].parts[""].of(12).tokens
+    assert np.array_equal(text[1, : len(last)].numpy(), last.astype(np.float32))
+    assert not text[1, len(last) :].any()
     with pytest.raises(IndexError):
-        shards.sample(33)
+        shards.place(33)
     with pytest.raises(IndexError):
-        shards.sample(-1)
+        shards.place(-1)
 
 
 def test_a_text_longer_than_the_runs_limit_is_refused() -> None:
