@@ -1,6 +1,6 @@
 """Taking pictures down: what the operator asks for, and the signed list that comes of it with the next checkpoint.
 
-The operator's command leaves a request in DIR/takedowns, a file for each picture, whether the run is served or not. The
+The operator's command leaves its requests in DIR/takedowns, a file for each call, whether the run is served or not. The
 control process, which alone signs, takes the requests into the list that the next checkpoint's manifest names: units of
 the round after that are not leased yet, so no unit that is at work changes its meaning.
 """
@@ -10,25 +10,22 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
 
 from coordinator.directory import RunDirectory, disk_trouble_explained, write_file
 from coordinator.publisher import Publisher
 from coordinator.rounds import RoundState
 from coordinator.sqlite_store import SqliteStore
 from protocol import layout
-from protocol.canonical import canonical_json, parse_json
+from protocol.canonical import canonical_json, parse_json, sha256_hex
 from protocol.documents import Digest, Manifest, RunConfig, RunId, Takedown, Takedowns
 from protocol.errors import PayloadInvalid, TakedownRefused
-from protocol.limits import KIB, MAX_TAKEDOWNS, MAX_TAKEDOWNS_BYTES, MAX_TEXT_CHARACTERS
+from protocol.limits import MAX_TAKEDOWNS, MAX_TAKEDOWNS_BYTES, MAX_TEXT_CHARACTERS
 from protocol.takedowns import samples_of, samples_taken_down
 from protocol.trust import RunTrust
 from verify.checkpoint import read_limited
 from verify.plain_files import read_plain
 
 logger = logging.getLogger(__name__)
-
-_MOST_BYTES: Final = 4 * KIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +39,13 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """From which round on a request counts; `certain` unless a checkpoint is being made, which may be too far already.
+    """From which round on a request counts, at the latest and at the earliest.
 
-    Then it is this round or the next.
+    They differ if it came while a checkpoint was being made, which may have been too far already.
     """
 
-    round: int
-    certain: bool
+    latest: int
+    earliest: int
 
 
 class Book:
@@ -188,21 +185,23 @@ def ask(directory: RunDirectory, wanted: Sequence[Asked]) -> Start:
         DiskFull, LocalProblem: a request could not be written.
     """
     planned = directory.config().rounds.planned
-    if start_of(directory).round > planned:
+    before = start_of(directory)
+    if before.earliest > planned:
         raise TakedownRefused(
             f"The units of the run's last round, {planned}, are being given out: none is left that could leave the "
             "picture out. Make the next run without it."
         )
+    content = canonical_json([asdict(asked) for asked in wanted])
     with disk_trouble_explained("Nothing was taken down"):
         directory.takedowns.mkdir(mode=0o700, exist_ok=True)
-        for asked in wanted:
-            write_file(directory.takedowns / f"{asked.shard}-{asked.sample}.json", canonical_json(asdict(asked)))
-    # Only now: what is still collecting reads the requests when it is merged, which is later.
-    return start_of(directory)
+        # One file, so that no checkpoint takes a part of what belongs together.
+        write_file(directory.takedowns / f"{sha256_hex(content)}.json", content)
+    # Rounds may have gone on meanwhile: what is still collecting now reads the requests when it is merged.
+    return Start(earliest=before.earliest, latest=start_of(directory).latest)
 
 
 def start_of(directory: RunDirectory) -> Start:
-    """Return from which round on a request that is there by now counts."""
+    """Return from which round on a request that is made now counts."""
     current = None
     if directory.database.exists():
         store = SqliteStore.open(directory.database)
@@ -212,26 +211,34 @@ def start_of(directory: RunDirectory) -> Start:
             store.close()
     if current is None:
         # The manifest of checkpoint 0 is signed with the run and names no list.
-        return Start(round=2, certain=True)
-    return Start(round=current.round + 1, certain=current.state is RoundState.COLLECTING)
+        return Start(earliest=2, latest=2)
+    following = current.round + 1
+    return Start(earliest=following, latest=following + (current.state is not RoundState.COLLECTING))
 
 
 def read_asked(folder: Path) -> tuple[Asked, ...]:
     """Return all requests, in the order of shards and samples; a file that is none is passed over and told."""
-    found = []
+    found: list[Asked] = []
     for path in sorted(folder.glob("*.json")):
         if path.name.startswith("."):
             continue
         try:
-            found.append(_parsed(read_plain(path, _MOST_BYTES)))
+            found.extend(_parsed(read_plain(path, MAX_TAKEDOWNS_BYTES)))
         except (OSError, PayloadInvalid) as error:
-            logger.error("%s is no request to take a picture down: %s", path, error, extra={"action": "not_taken_down"})
+            logger.error("%s asks for no picture to be taken down: %s", path, error, extra={"action": "not_taken_down"})
     return tuple(sorted(found, key=lambda asked: (asked.shard, asked.sample)))
 
 
-def _parsed(raw: bytes) -> Asked:
-    match parse_json(raw):
+def _parsed(raw: bytes) -> list[Asked]:
+    listed = parse_json(raw)
+    if not isinstance(listed, list):
+        raise PayloadInvalid("It is no list.")
+    return [_asked(entry) for entry in listed]
+
+
+def _asked(entry: object) -> Asked:
+    match entry:
         case {"shard": str(shard), "sample": int(sample), "reason": str(reason)}:
             return Asked(shard=shard, sample=sample, reason=reason)
         case _:
-            raise PayloadInvalid("It names no shard, sample and reason.")
+            raise PayloadInvalid("An entry names no shard, sample and reason.")

@@ -148,9 +148,12 @@ def _confirm(count: int, *, yes: bool) -> None:
 
 def _report(count: int, start: "Start") -> Sequence[str]:
     these = "1 picture" if count == 1 else f"{count:,} pictures"
-    later = "" if start.certain else f", or of round {start.round + 1} if a checkpoint is being published just now,"
+    first, last = start.earliest, start.latest
+    since = f"round {last}"
+    if first < last:
+        since = f"round {first}, or of round {last} if checkpoint {first - 1} was being made by then,"
     return [
-        f"{these} taken down: units of round {start.round}{later} and later leave them out, and anybody can check it",
+        f"{these} taken down: units of {since} and later leave them out, and anybody can check it",
         "The list and the reason are public once the next checkpoint is: takedowns.json beside run.json.",
         "What this does not do: units of the round before may still train on them, what was learnt stays in the",
         "weights, and the shards' bytes, the pictures in them, stay published under their digests for replays.",

@@ -91,7 +91,8 @@ def test_a_request_becomes_part_of_the_next_checkpoints_list_once_and_is_never_l
 
     shard, heldout = identity.config.data.shards[0].sha256, identity.config.data.heldout.sha256
     wanted = [asked(2, shard), asked(7, heldout)]
-    assert ask(directory, wanted) == Start(round=2, certain=True)
+    assert ask(directory, wanted) == Start(earliest=2, latest=2)
+    assert len(list(directory.takedowns.iterdir())) == 1, "no checkpoint takes a part of what belongs together"
     (directory.takedowns / "nonsense.json").write_text("{}")
     assert set(read_asked(directory.takedowns)) == set(wanted)
     assert book_of(directory, directory.trust()).has(shard, 2)
@@ -144,7 +145,7 @@ def test_from_which_round_on_it_counts_follows_from_what_is_leased(tmp_path: Pat
     for planned in (1, 2):
         (tmp_path / str(planned)).mkdir()
         run = founded(tmp_path / str(planned), planned=planned)
-        assert start_of(run) == Start(round=2, certain=True)
+        assert start_of(run) == Start(earliest=2, latest=2)
         wanted = [asked(2, run.config().data.shards[0].sha256)]
         store = SqliteStore.open(run.database)
         with store.transaction():
@@ -154,10 +155,10 @@ def test_from_which_round_on_it_counts_follows_from_what_is_leased(tmp_path: Pat
                 ask(run, wanted)
             assert not run.takedowns.exists()
             continue
-        assert ask(run, wanted) == Start(round=2, certain=True)
+        assert ask(run, wanted) == Start(earliest=2, latest=2)
         collecting = store.round(1)
         assert collecting is not None
         with store.transaction():
             store.save_round(collecting, replace(collecting, state=RoundState.CLOSED, closed_ms=2))
         store.close()
-        assert start_of(run) == Start(round=2, certain=False), "checkpoint 1 may be signed by now"
+        assert start_of(run) == Start(earliest=2, latest=3), "checkpoint 1 may be signed by now"

@@ -66,7 +66,7 @@ def test_pictures_taken_down_while_the_run_is_served_are_drawn_by_no_later_unit_
         files = DirectoryFiles(public)
         trust = believe(files, run.join.run)
         first = trust.takedowns((public / layout.TAKEDOWNS).read_bytes()).entries[0].from_round
-        assert f"units of round {first}" in shown or f"or of round {first} if" in shown
+        assert f"of round {first} " in shown or f"of round {first}," in shown
         run.await_checkpoint(first + 1)
         until(lambda: worker.events("takedowns"), 30, "the worker's word of it")
         assert json.loads(told("coordinator", "status", run.directory.root, "--json"))["to_take_down"] == 0
