@@ -97,7 +97,7 @@ class HostileTrainer:
 
         check_numerics(config)
         started = time.monotonic()
-        own, unit = materials.shard_set(config), UnitId(lease.unit)
+        own, unit = materials.shard_set(config, device), UnitId(lease.unit)
         world = world_of(
             config,
             lease.round,
@@ -105,7 +105,7 @@ class HostileTrainer:
             base=_tensors(materials.base),
             older_base=self._older(lease.round - 1),
             shards=own,
-            other_shards=self._others(config, materials.shards, own),
+            other_shards=self._others(config, materials, device, own),
             device=device,
             seed=os.urandom(32),
         )
@@ -126,12 +126,10 @@ class HostileTrainer:
         earlier = [number for number in self._bases if number < checkpoint and self._bases[number].exists()]
         return _tensors(self._bases[max(earlier)]) if earlier else None
 
-    def _others(self, config: RunConfig, shards: Sequence[Path], own: "ShardSet") -> "ShardSet":
-        from diloco.shards import Shard
-        from verify.replay import shard_set
-
-        paths = [path for path in self._earlier_shards if path not in shards and path.exists()]
-        return shard_set(config, [Shard.open(path) for path in paths]) if paths else own
+    def _others(self, config: RunConfig, materials: Materials, device: str, own: "ShardSet") -> "ShardSet":
+        paths = tuple(path for path in self._earlier_shards if path not in materials.shards and path.exists())
+        others = replace(materials, shards=paths, without=((),) * len(paths))
+        return others.shard_set(config, device) if paths else own
 
     def _pass_time(self, steps: int, seconds: float, on_step: OnStep) -> None:
         """Take as long as honest work does: whoever is too fast is audited for that alone."""

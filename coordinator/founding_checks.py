@@ -55,15 +55,20 @@ def check_shards(settings: Settings, described: Described, shards: Sequence[Path
                 f"with sides that are multiples of {patch} up to {largest}, but {path.name} has (channels, height, "
                 f"width) = {shard.size}."
             )
-        _check_text(settings, described, path, shard)
+        _check_text(settings, described, path, shard, measured=path == heldout)
 
 
-def _check_text(settings: Settings, described: Described, path: Path, shard: Shard) -> None:
-    """Raise ConfigInvalid unless a shard holds what the run hears."""
-    embedded = isinstance(described.conditioning, ConditioningConfig)
-    for part in described.conditioning.layout.parts:
+def _check_text(settings: Settings, described: Described, path: Path, shard: Shard, *, measured: bool) -> None:
+    """Raise ConfigInvalid unless a shard holds what the run hears, or captions that it can hear.
+
+    Args:
+        measured: it is the held-out one: the coordinator, which has no text encoders, measures on it.
+    """
+    conditioning = described.conditioning
+    captions_do = isinstance(conditioning, ConditioningConfig) or not (conditioning.stored or measured)
+    for part in conditioning.layout.parts:
         widths = shard.text_widths.get(part.name)
-        if widths is None and embedded and shard.has_captions:
+        if widths is None and captions_do and shard.has_captions:
             continue
         if widths != (part.width, part.pooled):
             raise ConfigInvalid(

@@ -5,7 +5,7 @@ gives half precision, and nothing here is random.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,9 @@ import numpy as np
 from mmdit.conditioning import ConditioningConfig, Encoded, TextLayout, TextPart, encode_caption
 
 _CACHED = 1024
+
+Encode = Callable[[Sequence[str]], Sequence[Sequence[Encoded | None]]]
+"""What runs a run's text encoders: for each caption one text for each part (`mmdit.components.TextEncoders.encode`)."""
 
 
 class TextHolder(Protocol):
@@ -62,6 +65,63 @@ class StoredTexts:
     def empty(self, holder: TextHolder) -> Sequence[Encoded]:
         """Read a shard; raises `TextMissing`. Without a name it is the embedded encoder, for which it is nothing."""
         return [_nothing(part) if not part.name else _stored(holder, part, None) for part in self.layout.parts]
+
+
+@dataclass(slots=True, kw_only=True)
+class CaptionTexts:
+    """Captions through text encoders that run here, a batch at a time; text that a shard holds is taken from it.
+
+    Nothing is kept from batch to batch: what a network makes of a caption depends in its last digits on what else is in
+    the batch, and whoever trains again must hear the same.
+
+    Args:
+        encode: None where no encoder is at hand; then only what shards hold can be heard.
+    """
+
+    layout: TextLayout
+    encode: Encode | None
+    _empty: Sequence[Encoded] | None = None
+
+    def encoded(self, samples: Sequence[tuple[TextHolder, int]]) -> Sequence[Sequence[Encoded]]:
+        """Read the shards, and encode the captions of all samples whose text is not there; raises `TextMissing`."""
+        held = [self._held(holder, i) for holder, i in samples]
+        missing = [number for number, texts in enumerate(held) if texts is None]
+        made = iter(self._encode([_caption(*samples[number]) for number in missing]))
+        return [next(made) if texts is None else texts for texts in held]
+
+    def empty(self, holder: TextHolder) -> Sequence[Encoded]:
+        """Read the shard, or encode the empty caption, once; raises `TextMissing`."""
+        held = self._held(holder, None)
+        if held is not None:
+            return held
+        if self._empty is None:
+            (self._empty,) = self._encode([""])
+        return self._empty
+
+    def _held(self, holder: TextHolder, i: int | None) -> Sequence[Encoded] | None:
+        texts = [holder.stored(part.name, i) for part in self.layout.parts]
+        found = [text for text in texts if text is not None]
+        return found if len(found) == len(texts) else None
+
+    def _encode(self, captions: Sequence[str]) -> Sequence[Sequence[Encoded]]:
+        if not captions:
+            return ()
+        if self.encode is None:
+            raise TextMissing("it holds captions alone, and no text encoder is loaded to hear them")
+        whole = []
+        for texts in self.encode(captions):
+            found = [text for text in texts if text is not None]
+            if len(found) != len(self.layout.parts):
+                raise TextMissing("a text encoder of the run is not loaded")
+            whole.append(found)
+        return whole
+
+
+def _caption(holder: TextHolder, i: int) -> str:
+    caption = holder.caption(i)
+    if caption is None:
+        raise TextMissing("it holds neither captions nor what text encoders made of them")
+    return caption
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -145,6 +145,7 @@ def describe_encoders(
     pooled_dim: int,
     padding: Padding,
     t5_tokens: int = T5_TOKENS,
+    stored: bool = True,
 ) -> EncodersConfig:
     """Return what a run config says of the text encoders in a folder.
 
@@ -152,7 +153,7 @@ def describe_encoders(
         components: the folder.
         names: which of them, in the order of Stable Diffusion 3.
         token_dim, pooled_dim: the model's.
-        padding: see `EncodersConfig`.
+        padding, stored: see `EncodersConfig`.
         t5_tokens: rows that T5 is given.
 
     Raises:
@@ -164,6 +165,7 @@ def describe_encoders(
         token_dim=token_dim,
         pooled_dim=pooled_dim,
         padding=padding,
+        stored=stored,
     )
 
 

@@ -65,6 +65,8 @@ class EncodersConfig:
         pooled_dim: width of the pooled vector as the model takes it.
         padding: what stands in the rows after a caption's end: "encoder", what the encoder makes of its padding, as
             `StableDiffusion3Pipeline` has it; or "zeros", so that they need not be stored or fetched.
+        stored: whether the shards that are trained on hold what the encoders make of their captions. If not, they hold
+            captions alone, and whoever trains runs the encoders.
 
     Raises:
         ValueError: the encoders do not fit into the model's widths, or stand in another order.
@@ -74,6 +76,7 @@ class EncodersConfig:
     token_dim: int
     pooled_dim: int
     padding: Padding
+    stored: bool = True
 
     def __post_init__(self) -> None:
         names = [encoder.name for encoder in self.encoders]
@@ -83,6 +86,8 @@ class EncodersConfig:
             )
         if self.padding not in ("encoder", "zeros"):
             raise ValueError(f'padding is {self.padding!r}; it must be "encoder" or "zeros"')
+        if not isinstance(self.stored, bool):
+            raise ValueError(f"stored is {self.stored!r}; it must be true or false")
         for name in ("token_dim", "pooled_dim"):
             value: object = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _WIDEST:

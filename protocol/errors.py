@@ -479,6 +479,12 @@ class DeviceUnavailable(LocalProblem):
     code = "DEVICE_UNAVAILABLE"
 
 
+class NetworksMissing(LocalProblem):
+    """The run's shards hold captions alone, and the text encoders that hear them are not here."""
+
+    code = "NETWORKS_MISSING"
+
+
 class PackageMissing(LocalProblem):
     """A package that this command needs is not installed."""
 

@@ -22,6 +22,7 @@ from protocol.documents import Count, Finite, Hex32, Positive, RunConfig, ShortT
 from protocol.errors import PayloadInvalid
 from protocol.limits import MAX_ENVELOPE_BYTES
 from verify.laboratory import Laboratory, Measured, Pair
+from verify.networks import check_networks
 from verify.variants import Variant, variants_here
 
 START_TOLERANCE: Final[Mapping[str, float]] = {"fp32": 1e-3, "bf16": 0.06}
@@ -153,6 +154,7 @@ def calibrate(
     *,
     round_number: int = 1,
     without: Mapping[str, Sequence[int]] | None = None,
+    networks: Path | None = None,
     variants: Sequence[Variant] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Calibration:
@@ -168,22 +170,25 @@ def calibrate(
         units: how many units; three show the magnitude, forty make a few thousand pairs.
         round_number: the round that the units are taken from, which fixes their learning rate.
         without: of a shard, by SHA-256, the samples that were taken down before that round.
+        networks: the folder of the text encoders, for runs whose shards hold captions alone.
         variants: what to compare; None takes all that this machine has.
         clock: seconds; for `Calibration.seconds` alone.
 
     Raises:
         LocalProblem: a process that trained ended.
+        NetworksMissing: the run needs text encoders, and they are not there.
         ValueError: no units, or fewer than two variants.
     """
     began = clock()
     chosen = tuple(variants_here(config.training.batch) if variants is None else variants)
     if units < 1 or len(chosen) < 2:
         raise ValueError("a calibration needs a unit and two ways to train it")
+    check_networks(config, networks)
     measured: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="commonweight-calibration-") as name:
         base_file = Path(name) / "base.safetensors"
         write_checkpoint(base_file, base)
-        with Laboratory(config, shards, chosen, Path(name), without=without) as laboratory:
+        with Laboratory(config, shards, chosen, Path(name), without=without, networks=networks) as laboratory:
             for index in range(units):
                 measured.append(laboratory.measure(round_number, index, base_file, cheats=CHEATS))
                 if on_progress is not None:

@@ -85,6 +85,7 @@ class Laboratory:
         variants: what to compare.
         folder: empty; holds one raw delta for each variant at a time, memory two.
         without: of a shard, by digest, the samples that were taken down.
+        networks: the folder of the text encoders, for runs whose shards hold captions alone.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Laboratory:
         folder: Path,
         *,
         without: Mapping[str, Sequence[int]] | None = None,
+        networks: Path | None = None,
     ) -> None:
         self._config = config
         self._variants = tuple(variants)
@@ -102,6 +104,7 @@ class Laboratory:
         self._processes: list[_Process] = []
         (folder / "config.json").write_bytes(payload_of(config))
         self._shards = {name: str(path.absolute()) for name, path in shards.items()}
+        self._networks = None if networks is None else str(networks)
         self._without = {name: tuple(samples) for name, samples in (without or {}).items()}
 
     def __enter__(self) -> Self:
@@ -109,7 +112,7 @@ class Laboratory:
         for number, place in enumerate(places):
             ours = tuple(v for v in self._variants if (v.device, v.capability) == place)
             config = str(self._folder / "config.json")
-            job = Job(config=config, shards=self._shards, variants=ours, without=self._without)
+            job = Job(config=config, shards=self._shards, variants=ours, without=self._without, networks=self._networks)
             self._processes.append(_Process(job, self._folder / f"job-{number}"))
         return self
 

@@ -16,7 +16,7 @@ from diloco.patch import PatchConfig
 from diloco.schema import Schema, schema_of
 from diloco.shards import Shard, ShardSet
 from diloco.tables import Floats
-from diloco.texts import ByteTexts, StoredTexts, TextSource
+from diloco.texts import ByteTexts, CaptionTexts, Encode, StoredTexts, TextSource
 from diloco.unit import TrainingSpec, UnitResult, UnitSpec, run_unit
 from mmdit.conditioning import ConditioningConfig
 from mmdit.config import MMDiTConfig
@@ -57,24 +57,36 @@ def space_of(config: RunConfig) -> Space:
     return _built("space", space_from_json, {"values": config.space})
 
 
-def text_source(config: RunConfig) -> TextSource:
-    """Return where the text of the run's samples comes from; raise `PayloadInvalid`."""
+def text_source(config: RunConfig, encode: Encode | None = None) -> TextSource:
+    """Return where the text of the run's samples comes from; raise `PayloadInvalid`.
+
+    Args:
+        encode: what runs the run's text encoders, if its shards hold captions alone (`verify.networks`).
+    """
     conditioning = conditioning_config(config)
     if isinstance(conditioning, ConditioningConfig):
         return ByteTexts(conditioning=conditioning)
-    return StoredTexts(layout=conditioning.layout)
+    if conditioning.stored:
+        return StoredTexts(layout=conditioning.layout)
+    return CaptionTexts(layout=conditioning.layout, encode=encode)
 
 
-def shard_set(config: RunConfig, shards: Sequence[Shard], without: Sequence[Sequence[int]] | None = None) -> ShardSet:
+def shard_set(
+    config: RunConfig,
+    shards: Sequence[Shard],
+    without: Sequence[Sequence[int]] | None = None,
+    encode: Encode | None = None,
+) -> ShardSet:
     """Return the shards of one of the run's units, or the held-out one, with what the run hears of them.
 
     Args:
         without: of each shard the samples that were taken down (`protocol.takedowns`); None: none.
+        encode: see `text_source`; the held-out shard holds text in any case.
 
     Raises:
         ShardCorrupt: they do not fit each other or the run.
     """
-    return ShardSet(shards, text_source(config), without)
+    return ShardSet(shards, text_source(config, encode), without)
 
 
 def delta_schema(config: RunConfig) -> Schema:

@@ -30,6 +30,7 @@ from diloco.unit import run_unit
 from protocol.assignment import unit_id, unit_shards
 from protocol.documents import RunConfig, UnitId, digest_of, parse_payload
 from verify.attacks import ATTACKS, world_of
+from verify.networks import encode_for
 from verify.replay import model_config, shard_set, unit_spec_of
 
 Attention = Literal["default", "math"]
@@ -132,13 +133,15 @@ def train_variant(
 class Job:
     """What a process is started for: the payload of the run's config, the shards by digest, its variants.
 
-    `without`: of a shard, by digest, the samples that were taken down.
+    `without`: of a shard, by digest, the samples that were taken down. `networks`: the folder of the text encoders, for
+    runs whose shards hold captions alone.
     """
 
     config: str
     shards: dict[str, str]
     variants: tuple[Variant, ...]
     without: dict[str, tuple[int, ...]]
+    networks: str | None
 
     def write(self, path: Path) -> None:
         """Write the job as JSON."""
@@ -220,10 +223,12 @@ class _Workbench:
 
     def _shards(self, round_number: int, index: int) -> ShardSet:
         names = unit_shards(self._config, round_number, index)
+        networks = None if self._job.networks is None else Path(self._job.networks)
         return shard_set(
             self._config,
             [Shard.open(Path(self._job.shards[name])) for name in names],
             [self._job.without.get(name, ()) for name in names],
+            encode_for(self._config, networks, self._job.variants[0].device),
         )
 
 

@@ -47,6 +47,7 @@ class AuditorSettings:
         threads: CPU threads for training; None is all that this process may use.
         audits: stop after so many audits; None is never.
         cache_bytes: cap on the public files kept on this disk.
+        networks: folder of the text encoders, for runs whose shards hold captions alone.
     """
 
     join: JoinString
@@ -57,6 +58,7 @@ class AuditorSettings:
     threads: int | None
     audits: int | None
     cache_bytes: int
+    networks: Path | None = None
     backoff: Backoff = DEFAULT_BACKOFF
 
 
@@ -134,12 +136,11 @@ async def _admitted(
             waiting_units=0,
         )
     )
-    library = await station.library(
-        await station.disk.run(FileCache, WorkerHome(settings.home).cache, settings.cache_bytes), config
-    )
+    cache = await station.disk.run(FileCache, WorkerHome(settings.home).cache, settings.cache_bytes)
+    library = await station.library(cache, config, networks=settings.networks)
     if library is None:
         return None
-    await make_ready(training, machine, config, station.reporter)
+    await make_ready(training, machine, config, settings.networks, station.reporter)
     return Auditing(
         client=client,
         config=config,

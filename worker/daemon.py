@@ -53,6 +53,7 @@ class WorkerSettings:
         files_seconds: how long a lease is held while nothing comes of its files.
         ahead_seconds: how often to look for a newer checkpoint while training.
         threads: CPU threads for training; None is all that this process may use.
+        networks: folder of the text encoders, for runs whose shards hold captions alone.
         train: what makes a unit's result.
     """
 
@@ -66,6 +67,7 @@ class WorkerSettings:
     spooled_units: int = SPOOLED_UNITS
     files_seconds: float = FILES_SECONDS
     ahead_seconds: float = AHEAD_SECONDS
+    networks: Path | None = None
     backoff: Backoff = DEFAULT_BACKOFF
     train: Trainer = train_unit
 
@@ -138,7 +140,7 @@ async def _admitted(
             waiting_units=sum(entry.state in HOLDS_DELTA for entry in waiting),
         )
     )
-    library = await station.library(cache, config)
+    library = await station.library(cache, config, networks=settings.networks)
     if library is None:
         return None
     allowance = Allowance(

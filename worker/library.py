@@ -90,6 +90,7 @@ class Library:
 
     Args:
         allow_private: see `PublicSite`.
+        networks: see `Materials`.
         break_off: ends a transfer that is under way, and lets no other begin.
         tell: told of each file that came over the network, and of pictures that were taken down.
 
@@ -102,6 +103,7 @@ class Library:
         config: RunConfig,
         *,
         allow_private: bool,
+        networks: Path | None = None,
         break_off: BreakOff,
         tell: Callable[[Event], None],
     ) -> None:
@@ -109,6 +111,7 @@ class Library:
         self._takedowns = TakedownLists(tell)
         self._shards = {shard.sha256: shard for shard in config.data.shards}
         self._allow_private = allow_private
+        self.networks = networks
         self._break_off = break_off
         self._tell = tell
         self._manifests: dict[int, Manifest] = {}
@@ -137,6 +140,7 @@ class Library:
             base=fetch_weights(files, manifest_of, trust.config, needs.round - 1, room=room),
             shards=tuple(files.file(file) for file in shards),
             without=left_out(takedowns, needs),
+            networks=self.networks,
         )
 
     def _manifest_of(self, site: PublicSite, trust: RunTrust, checkpoint: int) -> Manifest:

@@ -71,7 +71,8 @@ def room_of(device: str) -> Room:
     import torch
 
     free, total = torch.cuda.mem_get_info()  # CUDA's own share is taken by this very call
-    return Room(kind="cuda", device=min(total, free + torch.cuda.memory_reserved() + CUDA_OVERHEAD), host=host)
+    again = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return Room(kind="cuda", device=min(total, free + again + CUDA_OVERHEAD), host=host)
 
 
 def _available_bytes() -> int:

@@ -45,6 +45,7 @@ class Shift:
     ) -> None:
         self._machine = machine
         self._config = config
+        self._networks = library.networks
         self._reporter = reporter
         self._stop = stop
         self._training = OneThread("training")
@@ -126,7 +127,7 @@ class Shift:
         return ending.sentence
 
     async def _prepare(self) -> None:
-        await make_ready(self._training, self._machine, self._config, self._reporter)
+        await make_ready(self._training, self._machine, self._config, self._networks, self._reporter)
         self._torch_ready.set()
 
 

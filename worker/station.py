@@ -2,7 +2,7 @@
 
     async with Station(join, backoff=..., reporter=..., stop=..., farewell=...) as station:
         link = await station.connect(client)        # None: asked to stop meanwhile
-        library = await station.library(cache, config)
+        library = await station.library(cache, config, networks=...)
 
 When it is left, transfers are broken off and the disk's thread is let go.
 """
@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -80,14 +81,25 @@ class Station:
         """
         return await self.patiently(caller.connect, advice="Check host and port of the join string.")
 
-    async def library(self, cache: FileCache, config: RunConfig) -> Library | None:
-        """Return the run's public files; None if asked to stop meanwhile."""
+    async def library(self, cache: FileCache, config: RunConfig, *, networks: Path | None) -> Library | None:
+        """Return the run's public files; None if asked to stop meanwhile.
+
+        Args:
+            networks: see `Materials`.
+        """
         join = self.join
         # Whoever joins a run inside a private network must reach its files there; nobody else may be led into one.
         public = await self.patiently(lambda: asyncio.to_thread(host_is_public, join.host, join.port))
         if public is None:
             return None
-        return Library(cache, config, allow_private=not public, break_off=self._break_off, tell=self._tell_from_thread)
+        return Library(
+            cache,
+            config,
+            allow_private=not public,
+            networks=networks,
+            break_off=self._break_off,
+            tell=self._tell_from_thread,
+        )
 
     async def patiently(self, call: Callable[[], Coroutine[Any, Any, T]], *, advice: str = "") -> T | None:
         """Return what the call returns, however long it takes; None if asked to stop meanwhile.
@@ -112,12 +124,18 @@ class Station:
         self._break_off.ask()
 
 
-async def make_ready(training: OneThread, machine: Machine, config: RunConfig, reporter: Reporter) -> None:
+async def make_ready(
+    training: OneThread, machine: Machine, config: RunConfig, networks: Path | None, reporter: Reporter
+) -> None:
     """Load torch in the thread that will train, and say how this machine trains the run's units.
+
+    Args:
+        networks: see `Materials`.
 
     Raises:
         SelfTestFailed: it must not.
         MemoryTooSmall: it can't.
+        NetworksMissing: the run needs text encoders here, and they are not there.
     """
     started = time.monotonic()
     report = await training.run(prepare, machine.device, machine.threads)
@@ -130,7 +148,7 @@ async def make_ready(training: OneThread, machine: Machine, config: RunConfig, r
             seconds=time.monotonic() - started,
         )
     )
-    reporter.report(await training.run(plan_for, config, machine.device))
+    reporter.report(await training.run(plan_for, config, networks, machine.device))
 
 
 def wall_ms() -> int:

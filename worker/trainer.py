@@ -59,14 +59,20 @@ def prepare(device: str, threads: int) -> "PrecisionReport":
     return set_precision(device, threads)
 
 
-def plan_for(config: RunConfig, device: str) -> Planned:
+def plan_for(config: RunConfig, networks: Path | None, device: str) -> Planned:
     """Return how units would be trained in the memory that is free now; each plans for itself when it begins.
+
+    Args:
+        networks: see `Materials`.
 
     Raises:
         MemoryTooSmall: they can't be.
+        NetworksMissing: the run needs text encoders here, and they are not there.
     """
+    from verify.networks import encode_for
     from worker.plan import plan_unit, room_of, work_of
 
+    encode_for(config, networks, device)  # they stay in the device's memory
     plan = plan_unit(work_of(config), room_of(device))
     return Planned(
         parts=plan.execution.parts,
@@ -116,6 +122,7 @@ def compute_unit(
         CheckpointCorrupt, ShardCorrupt: the files do not have the form that the run promises.
         NumericsMismatch: this version would compute another unit.
         MemoryTooSmall: this machine has not enough memory.
+        NetworksMissing: the run needs text encoders here, and they are not there.
         PayloadInvalid: the run's config describes something that this version can't build.
     """
     import torch
@@ -127,8 +134,10 @@ def compute_unit(
 
     check_numerics(config)
     spec, model = unit_spec_of(config, round_number, unit), model_config(config)
+    # First, since any text encoders stay in the device's memory.
+    samples = materials.shard_set(config, device)
     plan = plan_unit(work_of(config), room_of(device))
-    tensors, samples = TensorFile.open(materials.base).load(), materials.shard_set(config)
+    tensors = TensorFile.open(materials.base).load()
     try:
         return run_unit(
             spec,

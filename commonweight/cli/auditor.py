@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from commonweight.cli.networks import Components, networks_in
 from protocol.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def start(
     threads: Annotated[int | None, typer.Option(help="CPU threads for training; all if not given.", min=1)] = None,
     audits: Annotated[int | None, typer.Option(help="Stop after so many audits.", min=1)] = None,
     cache_gib: Annotated[float, typer.Option(help="Cap on the run's files kept on this disk, in GiB.")] = 20.0,
+    components: Components = None,
     json: Annotated[bool, typer.Option("--json", help="Tell progress as JSON lines, for programs.")] = False,
 ) -> None:
     """Judge what the coordinator asks about until stopped. Ctrl-C ends it cleanly; twice, at once."""
@@ -85,6 +87,7 @@ def start(
         threads=threads,
         audits=audits,
         cache_bytes=int(cache_gib * GIB),
+        networks=networks_in(components),
     )
     reporter = make_reporter(json=json)
     try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from commonweight.cli.networks import Components, networks_in
 from commonweight.cli.takedown import takedown
 from protocol.errors import DirectoryNotEmpty, UsageError
 from protocol.printing import printable
@@ -156,18 +157,21 @@ def serve(
     auditor_threads: Annotated[
         int | None, typer.Option(help="CPU threads of that auditor; all if not given.", min=1)
     ] = None,
+    components: Components = None,
 ) -> int:
     """Serve the run until Ctrl-C or SIGTERM."""
     from coordinator.directory import RunDirectory
     from coordinator.serve import serve as serve_run
 
     run = RunDirectory(directory)
+    networks = networks_in(components)
 
     def command(join: str) -> list[str]:
         keys = ["--key", str(run.auditor_key), "--delegation", str(run.auditor_delegation)]
         threads = [] if auditor_threads is None else ["--threads", str(auditor_threads)]
+        heard = [] if networks is None else ["--components", str(networks)]
         start = [sys.executable, "-P", "-m", "commonweight", "auditor", "start", "--join", join, "--json"]
-        return [*start, *keys, "--home", str(run.auditor_home), *threads]
+        return [*start, *keys, "--home", str(run.auditor_home), *threads, *heard]
 
     wanted = auditor and run.config().verification.mode == "replay" and run.auditor_key.exists()
     return serve_run(run, auditor=command if wanted else None)

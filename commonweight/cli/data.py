@@ -90,6 +90,14 @@ def prepare(
         ),
     ] = Padding.ENCODER,
     t5_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of T5.")] = 77,
+    captions_only: Annotated[
+        bool,
+        typer.Option(
+            "--captions-only",
+            help="Leave the text encoders' work to volunteers: they fetch a small part of the bytes, and each of them "
+            "needs the encoders (worker start --components). The held-out pictures are encoded all the same.",
+        ),
+    ] = False,
     device: Annotated[Device, typer.Option(help="What the networks run on.")] = Device.AUTO,
     side: Annotated[
         list[int] | None,
@@ -159,6 +167,10 @@ def prepare(
 
     shape = _shape(preset)
     place = None if components is None else find_components(components)
+    if captions_only and text is not Text.ENCODERS:
+        raise UsageError(
+            "--captions-only goes with --text encoders; the embedded encoder's shards hold captions anyhow."
+        )
     with said_as_usage():
         asked = AskedText(
             kind=text.value,
@@ -166,6 +178,7 @@ def prepare(
             encoders=tuple(name.strip() for name in encoders.split(",") if name.strip()),
             padding=padding.value,
             t5_tokens=t5_tokens,
+            stored=not captions_only,
         )
         conditioning, space = conditioning_for(shape, asked, place), space_for(shape, preset, place)
         encoder = encoder_for(space, conditioning, place, resolve_device(device.value) if place else "cpu")

@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from commonweight.cli.networks import Components, networks_in
 from commonweight.locate import public_directory, run_id
 from protocol.errors import UsageError
 from protocol.printing import printable
@@ -122,6 +124,7 @@ def replay(
         Literal["auto", "cpu", "cuda"], typer.Option(help="What to train on; auto takes a CUDA GPU if there is one.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads for training; all if not given.", min=1)] = None,
+    components: Components = None,
 ) -> int:
     """Repeat a verdict: run a unit again on this machine, and compare the delta that was claimed for it.
 
@@ -147,7 +150,8 @@ def replay(
     typer.echo(printable(f"delta: {evidence.source}"))
     for note in finding.missing_own(place, receipts, evidence):
         typer.echo(note)
-    materials = fetch_materials(files, trust, Needs.of_unit(trust.config, place.round, place.index))
+    needs = Needs.of_unit(trust.config, place.round, place.index)
+    materials = replace(fetch_materials(files, trust, needs), networks=networks_in(components))
     found, own = _judged(place, evidence, trust, materials, device, threads)
     if skipped := sum(map(len, materials.without)):
         typer.echo(f"without {skipped:,} samples of its shards, which were taken down before its round")
@@ -332,6 +336,7 @@ def calibrate(
     units: Annotated[
         int, typer.Option(min=1, help="Units to measure; 3 show the magnitude, 40 make some thousand honest pairs.")
     ] = 3,
+    components: Components = None,
 ) -> None:
     """Measure what honest machines and cheats differ by on a run's own units, and propose the run's tolerances.
 
@@ -362,6 +367,7 @@ def calibrate(
         _show_unit,
         round_number=round_number,
         without=taken_down_from(files, trust, round_number),
+        networks=networks_in(components),
     )
     write_durably(out.absolute(), payload_of(found))
     typer.echo(f"{found.pairs} honest pairs on {found.machine}, torch {found.torch}, {found.precision}")

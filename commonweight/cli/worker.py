@@ -11,6 +11,7 @@ import typer
 
 from commonweight.cli import doctor
 from commonweight.cli.homes import Home, default_home
+from commonweight.cli.networks import Components, networks_in
 from commonweight.locate import run_id
 from protocol.errors import UsageError
 from protocol.printing import printable, printable_text
@@ -41,6 +42,7 @@ def start(
     threads: Annotated[int | None, typer.Option(help="CPU threads for training; all if not given.", min=1)] = None,
     units: Annotated[int | None, typer.Option(help="Stop after so many units.", min=1)] = None,
     cache_gib: Annotated[float, typer.Option(help="Cap on the run's files kept on this disk, in GiB.")] = 20.0,
+    components: Components = None,
     accept_terms: Annotated[
         bool, typer.Option("--accept-terms", help="Accept the run's terms and licence without being asked.")
     ] = False,
@@ -63,6 +65,7 @@ def start(
         threads=threads,
         units=units,
         cache_bytes=int(cache_gib * GIB),
+        networks=networks_in(components),
         accept_terms=accept_terms,
     )
     reporter = make_reporter(json=json)

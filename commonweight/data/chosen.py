@@ -23,6 +23,7 @@ class AskedText:
         encoders: which text encoders, by name; none are all that are there.
         padding: of the text encoders.
         t5_tokens: tokens of T5.
+        stored: whether shards hold what text encoders make of captions.
     """
 
     kind: Literal["byte-patch", "bytes", "encoders"]
@@ -30,6 +31,7 @@ class AskedText:
     encoders: tuple[str, ...]
     padding: Padding
     t5_tokens: int
+    stored: bool
 
 
 def conditioning_for(shape: MMDiTConfig, asked: AskedText, components: Path | None) -> Conditioning:
@@ -58,6 +60,7 @@ def conditioning_for(shape: MMDiTConfig, asked: AskedText, components: Path | No
         pooled_dim=shape.pooled_projection_dim,
         padding=asked.padding,
         t5_tokens=asked.t5_tokens,
+        stored=asked.stored,
     )
 
 

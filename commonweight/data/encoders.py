@@ -33,6 +33,11 @@ class Encoder(Protocol):
         """Encode pictures of one bucket: fp16 [N, C, H, W]."""
         ...
 
+    @property
+    def captions_only(self) -> bool:
+        """Whether shards that are trained on hold captions alone; the held-out one has `texts` all the same."""
+        ...
+
     def texts(self, captions: Sequence[str]) -> Mapping[str, Sequence[Encoded]]:
         """Encode captions; one more text, of the empty caption, stands at the end of each encoder's. Empty: none is."""
         ...
@@ -64,6 +69,11 @@ class EmbeddedEncoder:
     def latents(self, pictures_NHWC: ByteImages) -> Halves:
         """Move pixels into the space."""
         return _pixel_latents(self.space, pictures_NHWC)
+
+    @property
+    def captions_only(self) -> bool:
+        """They do."""
+        return True
 
     def texts(self, captions: Sequence[str]) -> Mapping[str, Sequence[Encoded]]:  # noqa: ARG002  they stay captions
         """None: captions are enough."""
@@ -98,7 +108,8 @@ class NetworkEncoder:
     def sample_bytes(self, caption: str, bucket: Bucket) -> int:
         """Latents in fp16, the caption, and the text of each encoder, as if it filled all its rows."""
         latent = bucket.height * bucket.width // self.space.factor**2 * self.space.channels
-        networks = self.conditioning.encoders if isinstance(self.conditioning, EncodersConfig) else ()
+        conditioning = self.conditioning
+        networks = () if isinstance(conditioning, ConditioningConfig) or self.captions_only else conditioning.encoders
         return 2 * latent + sum(text_bytes(one, one.tokens) for one in networks) + len(caption.encode()) + 8
 
     def latents(self, pictures_NHWC: ByteImages) -> Halves:
@@ -106,6 +117,11 @@ class NetworkEncoder:
         if isinstance(self.space, PixelSpace):
             return _pixel_latents(self.space, pictures_NHWC)
         return _autoencoder(self.components, self.space, self.device).encode(pictures_NHWC).astype(np.float16)
+
+    @property
+    def captions_only(self) -> bool:
+        """If captions are embedded, or heard where training is."""
+        return not (isinstance(self.conditioning, EncodersConfig) and self.conditioning.stored)
 
     def texts(self, captions: Sequence[str]) -> Mapping[str, Sequence[Encoded]]:
         """Encode captions, and the empty one after them."""

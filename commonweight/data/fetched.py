@@ -38,7 +38,7 @@ def choices(space: Space, conditioning: EncodersConfig | None, caption_character
     encoders = STABLE_DIFFUSION_3 if conditioning is None else conditioning.encoders
     base = _HALF * space.height * space.width * space.channels + round(caption_characters)
     tokens = round(caption_characters / _CHARACTERS_A_TOKEN) + _START_AND_END
-    found = [Choice(name="captions, for the embedded encoder", picture_bytes=base)]
+    found = [Choice(name="captions, for encoders where training is", picture_bytes=base)]
     clips = [encoder for encoder in encoders if encoder.name in CLIPS]
     for name, heard in (("text of the CLIPs", clips), ("text of all encoders", encoders)):
         if heard and not (heard is not clips and len(clips) == len(encoders)):

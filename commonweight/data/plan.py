@@ -15,10 +15,14 @@ _DOMAIN: Final = b"commonweight/prepare/v1\0"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """The pictures of one shard, in order; all of one bucket."""
+    """The pictures of one shard, in order; all of one bucket.
+
+    `heldout`: they are measured on, by whoever need not have the text encoders that training has.
+    """
 
     bucket: Bucket
     rows: tuple[Row, ...]
+    heldout: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +81,9 @@ def plan(
         )
     ]
     return Plan(
-        shards=tuple(shards), heldout=Planned(bucket=fullest, rows=tuple(kept[:heldout])), skipped=tuple(skipped)
+        shards=tuple(shards),
+        heldout=Planned(bucket=fullest, rows=tuple(kept[:heldout]), heldout=True),
+        skipped=tuple(skipped),
     )
 
 

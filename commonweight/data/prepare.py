@@ -302,7 +302,8 @@ def _make_shard(shard: Planned, recipe: Recipe, out: Path, note: Path) -> Prepar
     licences = Counter(row.licence for row in shard.rows)
     captions = [row.caption for row in shard.rows]
     info = ShardInfo(licence=", ".join(sorted(licences))[:200], source=recipe.rules.source)
-    content = pack_shard(np.concatenate(latents), info, captions=captions, parts=recipe.encoder.texts(captions))
+    parts = {} if recipe.encoder.captions_only and not shard.heldout else recipe.encoder.texts(captions)
+    content = pack_shard(np.concatenate(latents), info, captions=captions, parts=parts)
     if len(content) > MAX_SHARD_BYTES:
         raise UsageError(f"A shard would have {len(content):,} bytes, more than workers fetch; ask for smaller shards.")
     sha256 = sha256_hex(content)

@@ -15,6 +15,9 @@ from commonweight.cli.main import app
 from commonweight.data.dataset import open_dataset
 from commonweight.tiny_components import write_tiny_components
 from coordinator.directory import RunDirectory
+from coordinator.founding_checks import check_shards
+from coordinator.prepared_data import describe
+from coordinator.settings import Settings
 from diloco.shards import Shard
 from diloco.unit import run_unit
 from mmdit.components import encoders_in, library
@@ -24,7 +27,7 @@ from mmdit.presets import PRESETS
 from protocol import layout
 from protocol.assignment import unit_id, unit_shards
 from protocol.documents import digest_of
-from protocol.errors import DirectoryNotEmpty, UsageError
+from protocol.errors import ConfigInvalid, DirectoryNotEmpty, UsageError
 from verify.replay import model_config, shard_set, unit_spec_of
 
 pytestmark = pytest.mark.slow
@@ -240,7 +243,7 @@ def test_inspect_says_what_each_choice_of_text_would_have_volunteers_fetch(run: 
     table = [line for line in said.splitlines() if line.startswith("  ")]
     rows = {line.strip().split("  ")[0]: line.split()[-4:-2] for line in table}
     assert list(rows) == [
-        "captions, for the embedded encoder",
+        "captions, for encoders where training is",
         "text of the CLIPs",
         "text of the CLIPs, without padding, about",
         "text of all encoders",
@@ -253,6 +256,46 @@ def test_inspect_says_what_each_choice_of_text_would_have_volunteers_fetch(run: 
     assert bytes_a_picture == pytest.approx(shard.size / shard.samples, rel=0.05)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size[0] >= 64
+
+
+@pytest.fixture(scope="module")
+def captions_only(tmp_path_factory: pytest.TempPathFactory, components: Path, pictures: Path) -> Path:
+    """A data set for volunteers who run the encoders themselves."""
+    place = tmp_path_factory.mktemp("captions")
+    command(
+        "data", "prepare", pictures, "-o", place / "data", "--preset", "rgb16", "--text", "encoders", "--captions-only",
+        "--components", components, "--licence", "CC0-1.0", "--heldout", 8, "--least-side", 16, "--processes", 1,
+    )  # fmt: skip
+    return place / "data"
+
+
+def test_captions_alone_are_a_small_part_of_the_bytes_and_the_held_out_pictures_keep_their_text(
+    captions_only: Path, run: RunDirectory
+) -> None:
+    alone, whole = (open_dataset(place).manifest for place in (captions_only, run.root.parent / "data"))
+    assert alone.encoder["conditioning"]["stored"] is False
+    assert 3 * alone.shards[0].size / alone.shards[0].samples < whole.shards[0].size / whole.shards[0].samples
+    heldout = Shard.open(open_dataset(captions_only).path(alone.heldout))
+    assert set(heldout.parts) == {"clip_l", "clip_g", "t5"}
+
+
+def test_no_run_is_founded_whose_held_out_pictures_have_captions_alone(captions_only: Path) -> None:
+    """The coordinator measures on them, and has no encoders."""
+    opened = open_dataset(captions_only)
+    shards = [opened.path(shard) for shard in opened.manifest.shards]
+    words = ["model.preset=rgb16", "model.text=encoders", "data.source=here", "rounds.shards_per_unit=1"]
+    settings = Settings.parse("", words)
+    described = describe(settings, opened.manifest)
+    check_shards(settings, described, shards, opened.path(opened.manifest.heldout))
+    with pytest.raises(ConfigInvalid, match=r"needs text of .* but .* has None"):
+        check_shards(settings, described, shards, shards[0])
+
+
+def test_captions_only_is_for_text_encoders(pictures: Path, tmp_path: Path) -> None:
+    words = ["data", "prepare", str(pictures), "-o", str(tmp_path / "data"), "--preset", "rgb16", "--captions-only"]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, UsageError)
+    assert "goes with --text encoders" in str(done.exception)
 
 
 def test_tiny_networks_are_written_by_a_command_and_never_over_something_else(tmp_path: Path) -> None:

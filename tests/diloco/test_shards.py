@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.numpy import load
 
 from diloco.layout import Entry, Layout
 from diloco.shards import EMPTY, KEPT, SILENT, Shard, ShardInfo, ShardSet, pack_shard, write_shard
-from diloco.texts import ByteTexts, StoredTexts
+from diloco.texts import ByteTexts, CaptionTexts, StoredTexts
 from mmdit.conditioning import ConditioningConfig, Encoded, TextLayout, TextPart, encode_caption
 from protocol.errors import ShardCorrupt
 from tests.diloco.examples import INFO, shard_bytes, shard_set
@@ -166,6 +167,49 @@ def test_a_shard_without_what_the_run_hears_is_refused() -> None:
         ShardSet([shard], StoredTexts(layout=NAMED)).batch([0], 5)
     with pytest.raises(ShardCorrupt, match="no text of the embedded encoder"):
         ShardSet([shard])
+
+
+def heard(captions: Sequence[str]) -> list[list[Encoded | None]]:
+    """What the encoders of `NAMED` make of captions: their length, and how many there are in the batch."""
+    return [
+        [
+            Encoded(
+                tokens=np.full((1, part.width), len(caption), dtype=np.float16),
+                pooled=np.full(part.pooled, len(captions), dtype=np.float16),
+            )
+            for part in NAMED.parts
+        ]
+        for caption in captions
+    ]
+
+
+def test_captions_are_heard_by_encoders_that_run_here_a_whole_batch_at_a_time() -> None:
+    shard = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, captions=["four", "sevens!"]))
+    shards = ShardSet([shard], CaptionTexts(layout=NAMED, encode=heard))
+    for _ in range(2):  # nothing is kept: whoever trains again must make the same batches
+        _, text, pooled = shards.batch([1, 0, 1], 5, [(KEPT, KEPT, KEPT), (KEPT, SILENT, KEPT), (EMPTY, KEPT, EMPTY)])
+        assert text[:, 0, 0].tolist() == [7, 4, 0]
+        assert pooled.tolist() == [[3, 3, 3, 0], [3, 0, 0, 0], [1, 3, 3, 0]]
+
+
+def test_text_that_a_shard_holds_is_not_encoded_again() -> None:
+    parts = named_parts(2)
+    held = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, captions=["a", "b"], parts=parts))
+    by_shard = ShardSet([held], StoredTexts(layout=NAMED)).batch([1, 0], 5)
+    for one, other in zip(
+        ShardSet([held], CaptionTexts(layout=NAMED, encode=None)).batch([1, 0], 5), by_shard, strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_captions_alone_say_nothing_where_no_encoder_is_loaded() -> None:
+    shard = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, captions=["a", "b"]))
+    for encode in (None, lambda captions: [[None] * 3 for _ in captions]):
+        with pytest.raises(ShardCorrupt, match=r"is (not )?loaded"):
+            ShardSet([shard], CaptionTexts(layout=NAMED, encode=encode)).batch([0], 5)
+    without = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, parts={"clip_l": named_parts(2)["clip_l"]}))
+    with pytest.raises(ShardCorrupt, match="neither captions nor"):
+        ShardSet([without], CaptionTexts(layout=NAMED, encode=heard)).batch([0], 5)
 
 
 def test_texts_of_other_widths_than_the_runs_are_refused() -> None:

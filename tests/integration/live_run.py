@@ -90,11 +90,11 @@ class LiveRun:
     ) -> None:
         self.stop()
 
-    def start(self, **extra_environment: str) -> "LiveRun":
-        """Serve, and wait until everything answers."""
+    def start(self, *more: str, **extra_environment: str) -> "LiveRun":
+        """Serve, with further options if need be, and wait until everything answers."""
         with self.log.open("ab") as log:
             self.supervisor = subprocess.Popen(
-                command("coordinator", "serve", str(self.directory.root)),
+                command("coordinator", "serve", str(self.directory.root), *more),
                 env={**environment(), **extra_environment},
                 stdout=log,
                 stderr=log,

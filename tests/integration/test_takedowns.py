@@ -93,7 +93,7 @@ def test_pictures_taken_down_while_the_run_is_served_are_drawn_by_no_later_unit_
         materials = fetch_materials(files, trust, Needs.of_unit(config, entry.round, index))
         whole = replace(materials, without=((),) * len(materials.shards))
         assert sum(map(len, materials.without)) > 0
-        assert unwanted not in drawn(config, unit, materials.shard_set(config))
+        assert unwanted not in drawn(config, unit, materials.shard_set(config, "cpu"))
         path = public / layout.delta_path(entry.blob_sha256)
         artifact = artifact_of(path, config, unit)
         findings = []
@@ -101,7 +101,7 @@ def test_pictures_taken_down_while_the_run_is_served_are_drawn_by_no_later_unit_
             own = replay(config, entry.round, unit, one, device="cpu", on_step=lambda *_: None)
             findings.append(judge_file(config, unit, artifact, path, own).finding)
         assert findings == ["confirmed", "refuted"], "whoever trained on what was taken down would have been caught"
-        differing += unwanted in drawn(config, unit, whole.shard_set(config))
+        differing += unwanted in drawn(config, unit, whole.shard_set(config, "cpu"))
     assert differing, "none of these units would have drawn such a picture anyway"
 
     place = f"{later[0].round}/{index_of(trust, later[0])}"

@@ -64,7 +64,7 @@ def test_a_run_is_planned_from_its_signed_config() -> None:
     largest = max(shard.height * shard.width for shard in small.data.shards)
     assert work.image_tokens == largest // work.config.patch_size**2
     assert (work.batch, work.precision) == (small.training.batch, small.training.precision)
-    event = plan_for(small, "cpu")
+    event = plan_for(small, None, "cpu")
     assert (event.parts, event.checkpointing, event.keeping) == (1, False, "whole")
     assert event.line() == event.sentence
 

@@ -243,7 +243,7 @@ def test_a_lease_that_allows_less_than_a_delta_may_have_is_refused_before_anythi
 
     def train(max_bytes: int) -> None:
         lease = replace(LEASE, artifacts=(ArtifactLimit(role="delta", max_bytes=max_bytes),))
-        materials = Materials(base=tmp_path / "missing", shards=(), without=())
+        materials = Materials(base=tmp_path / "missing", shards=(tmp_path / "gone",), without=((),))
         train_unit(config, lease, materials, device="cpu", on_step=lambda *_: None)
 
     with pytest.raises(AnswerInvalid, match=f"allows less than the {most:,} bytes"):
