@@ -22,11 +22,11 @@ from mmdit.conditioning import ConditioningConfig
 
 CONDITIONING: Final = ConditioningConfig(kind="byte-patch", max_tokens=12, token_dim=144, pooled_dim=256)
 FULL: Final = Recipe(
-    model=model_config(CONDITIONING, patch=4, layers=5, heads=4),
+    model=model_config(CONDITIONING, patch=4, layers=4, heads=3),
     conditioning=CONDITIONING,
-    steps=800 * CHUNK_STEPS,
+    steps=1400 * CHUNK_STEPS,
     batch=16,
-    lr=2e-3,
+    lr=2.5e-3,
 )
 QUICK: Final = replace(
     FULL,
@@ -35,7 +35,7 @@ QUICK: Final = replace(
     batch=8,
     warmup=8,
 )
-SNAPSHOT_CHUNKS: Final = 64
+SNAPSHOT_CHUNKS: Final = 128
 """Chunks between two snapshots."""
 PROMPTS: Final = 164
 """Of each skill for the final score: every held-out word once."""
