@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from commonweight.provenance import Provenance
@@ -40,18 +40,25 @@ def metadata(origin: Provenance | None) -> dict[str, str]:
     return said
 
 
-def model_card(origin: Provenance | None, precision: Precision, *, pipeline: EncodersConfig | None = None) -> str:
+def model_card(
+    origin: Provenance | None,
+    precision: Precision,
+    *,
+    pipeline: EncodersConfig | None = None,
+    lacking: Sequence[str] = (),
+) -> str:
     """Return README.md of an exported directory: YAML for the hub, then the same for people, and how to load it.
 
     Args:
         origin: where the weights come from, if that is known.
         precision: of the weights.
         pipeline: the text encoders, if they lie there too and the directory is a whole pipeline.
+        lacking: the parts that it does not have, which must be said when it is opened.
     """
     lines = ["---", *_front_matter(origin), "---", "", *(_known(origin) if origin else _unknown()), ""]
     lines += ["## How to use it", ""]
     if pipeline is not None:
-        lines += [*_pipeline(pipeline, precision), ""]
+        lines += [*_pipeline(pipeline, precision, lacking), ""]
     lines += [
         "The transformer, in diffusers' layout:",
         "",
@@ -73,7 +80,7 @@ def model_card(origin: Provenance | None, precision: Precision, *, pipeline: Enc
     return "\n".join(lines) + "\n"
 
 
-def _pipeline(encoders: EncodersConfig, precision: Precision) -> Iterator[str]:
+def _pipeline(encoders: EncodersConfig, precision: Precision, lacking: Sequence[str]) -> Iterator[str]:
     t5 = [encoder.tokens for encoder in encoders.encoders if encoder.name == "t5"]
     yield "All of it; the number of T5's tokens is what the model was trained with:" if t5 else "All of it:"
     yield ""
@@ -81,7 +88,8 @@ def _pipeline(encoders: EncodersConfig, precision: Precision) -> Iterator[str]:
     yield "import torch"
     yield "from diffusers import StableDiffusion3Pipeline"
     yield ""
-    yield f'pipeline = StableDiffusion3Pipeline.from_pretrained(".", torch_dtype={_TORCH[precision]})'
+    without = "".join(f"{part}=None, " for part in lacking)
+    yield f'pipeline = StableDiffusion3Pipeline.from_pretrained(".", {without}torch_dtype={_TORCH[precision]})'
     yield f'pipeline("a caption"{"".join(f", max_sequence_length={tokens}" for tokens in t5)}).images[0]'
     yield "```"
 
@@ -118,6 +126,11 @@ def _known(origin: Provenance) -> Iterator[str]:
     yield f"- Data that it trains on: {_plain(data.name)}, from {_plain(data.source)}, licence {_plain(data.licence)}"
     if data.curator is not None:
         yield f"- Curator of the data: `{data.curator}`"
+    if origin.takedowns_sha256 is not None:
+        yield (
+            "- Pictures were taken down meanwhile; no unit of a later round was trained on them: they are listed in "
+            f"the run's takedowns/{origin.takedowns_sha256}.json"
+        )
     yield ""
     yield "The published checkpoint carries the signatures; `commonweight checkpoint verify` checks it, not this copy."
 

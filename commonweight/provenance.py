@@ -14,7 +14,8 @@ class Provenance:
     """What a run has signed about a file of weights.
 
     `path` is the file in its checkpoint, `sha256` its digest; `licence` is that of the weights. `run_id` comes from the
-    directory itself: whoever makes a run of his own can sign for anything with it.
+    directory itself: whoever makes a run of his own can sign for anything with it. `takedowns_sha256` is the digest of
+    the list of pictures that later units leave out, if there is one.
     """
 
     run_id: RunId
@@ -24,6 +25,7 @@ class Provenance:
     sha256: str
     licence: str
     data: DataSet
+    takedowns_sha256: str | None
 
 
 def provenance(checkpoint: Path, path: Path) -> Provenance | None:
@@ -53,4 +55,5 @@ def provenance(checkpoint: Path, path: Path) -> Provenance | None:
         sha256=entry.sha256,
         licence=trust.config.weights_licence,
         data=trust.config.data,
+        takedowns_sha256=manifest.takedowns_sha256,
     )

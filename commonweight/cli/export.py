@@ -162,7 +162,8 @@ def _write(
             )
             lacking = () if networks is None else _write_parts(out, loaded, networks)
             encoders = loaded.conditioning if isinstance(loaded.conditioning, EncodersConfig) and networks else None
-            (out / _CARD).write_text(model_card(origin, precision, pipeline=encoders), encoding="utf-8")
+            card = model_card(origin, precision, pipeline=encoders, lacking=lacking)
+            (out / _CARD).write_text(card, encoding="utf-8")
         write_weights(partial, state, metadata(origin))
         partial.rename(target)
     return target.stat().st_size, lacking

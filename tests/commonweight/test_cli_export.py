@@ -216,6 +216,7 @@ def test_weights_that_the_run_has_not_signed_for_are_not_exported_in_its_name(ch
 def test_words_of_strangers_stay_words_in_a_model_card(published: PublishedRun) -> None:
     data = replace(published.config.data, name="<script>\n# Title", source="[here](javascript:x)")
     origin = Provenance(
+        takedowns_sha256="7a" * 32,
         run_id=RUN,
         run_name="a: b\nlicense: mit",
         checkpoint=1,

@@ -199,6 +199,25 @@ def test_the_model_card_says_how_to_open_the_pipeline_and_with_how_many_tokens(p
     assert 'pipeline("a caption", max_sequence_length=16).images[0]' in card
 
 
+def test_a_run_without_t5_is_opened_as_its_model_card_says(
+    components: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(
+        "data", "prepare", pictures, "-o", tmp_path / "data", "--preset", "rgb16", "--text", "encoders",
+        "--components", components, "--encoders", "clip_l,clip_g", "--licence", "CC0-1.0", "--heldout", 8,
+        "--least-side", 16, "--processes", 1,
+    )  # fmt: skip
+    made = ("--data", tmp_path / "data", "--root-key", tmp_path / "root.pem", "--set", "rounds.shards_per_unit=1")
+    command("coordinator", "init", tmp_path / "run", *made)
+    said = command("export", tmp_path / "run", "-o", tmp_path / "pipeline", "--components", components)
+    assert "open the pipeline with text_encoder_3=None, tokenizer_3=None" in said
+    code = (tmp_path / "pipeline" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "pipeline")
+    with quiet():
+        exec(code + "picture = pipeline('all red', num_inference_steps=2).images[0]", found := {})
+    assert found["picture"].size == (16, 16)
+
+
 def test_the_pipeline_draws_with_all_its_defaults(pipeline: Path) -> None:
     with quiet():
         opened = library("diffusers").StableDiffusion3Pipeline.from_pretrained(str(pipeline))
