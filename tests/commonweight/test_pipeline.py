@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,8 +214,9 @@ def test_a_run_without_t5_is_opened_as_its_model_card_says(
     assert "open the pipeline with text_encoder_3=None, tokenizer_3=None" in said
     code = (tmp_path / "pipeline" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path / "pipeline")
+    found: dict[str, Any] = {}
     with quiet():
-        exec(code + "picture = pipeline('all red', num_inference_steps=2).images[0]", found := {})
+        exec(code + "picture = pipeline('all red', num_inference_steps=2).images[0]", found)
     assert found["picture"].size == (16, 16)
 
 
