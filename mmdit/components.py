@@ -20,6 +20,7 @@ import torch
 
 from mmdit.conditioning import Encoded
 from mmdit.encoders import CLIPS, ENCODER_NAMES, EncoderName, EncodersConfig, Padding, TextEncoder
+from mmdit.half_weights import halve
 from mmdit.space import ByteImages, FloatImages, VaeSpace
 
 FOLDERS: Final[Mapping[EncoderName, tuple[str, str]]] = {
@@ -190,7 +191,9 @@ def _describe(components: Path, name: EncoderName, t5_tokens: int) -> TextEncode
 def load_encoders(
     components: Path, config: EncodersConfig, device: str, *, without: Collection[str] = ()
 ) -> TextEncoders:
-    """Load the text encoders that a config names, in fp32, but for those that are to be left out.
+    """Load the text encoders that a config names, to compute in fp32, but for those that are to be left out.
+
+    Weights that are published in half precision stay so in memory (`mmdit.half_weights`).
 
     Raises:
         ComponentsMissing: the folder does not hold them, or others; or a library is not installed.
@@ -203,8 +206,10 @@ def load_encoders(
         network, tokenizer = (components / folder for folder in FOLDERS[encoder.name])
         _require_digest(encoder.name, encoder.sha256, network, tokenizer)
         kind = getattr(transformers, CLASSES[encoder.name])
-        loaded = _quietly(kind.from_pretrained, network, local_files_only=True, use_safetensors=True)
-        loaded = loaded.eval().requires_grad_(requires_grad=False).to(device=device, dtype=torch.float32)
+        loaded = _quietly(kind.from_pretrained, network, local_files_only=True, use_safetensors=True, dtype="auto")
+        loaded = loaded.eval().requires_grad_(requires_grad=False)
+        halve(loaded)
+        loaded = loaded.to(device=device)
         reads = _quietly(transformers.AutoTokenizer.from_pretrained, tokenizer, local_files_only=True)
         found[encoder.name] = (reads, loaded)
     return TextEncoders(config=config, loaded=found, device=device)

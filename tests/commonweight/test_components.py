@@ -1,23 +1,31 @@
 """The loading code of the real networks, on small ones of the same classes."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from commonweight.components_place import find_components
 from commonweight.tiny_components import untrained_vae, write_tiny_components
 from mmdit.components import (
+    CLASSES,
+    FOLDERS,
     ComponentsMissing,
+    TextEncoders,
     describe_encoders,
     describe_vae,
     encoders_in,
     folder_digest,
+    library,
     load_encoders,
     load_vae,
 )
 from mmdit.encoders import EncodersConfig, Padding
+from mmdit.half_weights import HalfLinear, halve
 from mmdit.presets import PRESETS
 from protocol.errors import UsageError
 
@@ -93,6 +101,56 @@ def test_text_is_what_the_pipeline_of_diffusers_makes_of_it(components: Path) ->
     assert ours.shape == tuple(theirs.shape) == (3, 97, 64)
     np.testing.assert_allclose(ours, theirs.numpy(), atol=4e-3)  # ours are rounded to half precision
     np.testing.assert_allclose(ours_pooled, pooled.numpy(), atol=4e-3)
+
+
+def parameter_bytes(encoders: TextEncoders) -> int:
+    networks = [network for _, network in encoders.loaded.values()]
+    return sum(tensor.nbytes for network in networks for tensor in cast("Any", network).state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_published_in_half_precision_stay_so_in_memory_and_compute_the_same(
+    components: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    halves = tmp_path / "halves"
+    shutil.copytree(components, halves)
+    transformers = library("transformers")
+    for name, (folder, _) in FOLDERS.items():
+        network = getattr(transformers, CLASSES[name]).from_pretrained(str(components / folder), dtype=dtype)
+        network.to(dtype).save_pretrained(str(halves / folder))
+    config = describe(halves)
+    found = load_encoders(halves, config, "cpu")
+    wide = {
+        name: (
+            tokenizer,
+            getattr(transformers, CLASSES[name]).from_pretrained(str(halves / FOLDERS[name][0]), dtype=torch.float32),
+        )
+        for name, (tokenizer, _) in found.loaded.items()
+    }
+    plain = replace(found, loaded={name: (reads, network.eval()) for name, (reads, network) in wide.items()})
+    for ours, theirs in zip(found.encode(CAPTIONS), plain.encode(CAPTIONS), strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one is not None
+            assert other is not None
+            assert np.array_equal(one.tokens, other.tokens)
+            assert np.array_equal(one.pooled, other.pooled)
+    layers = [layer for _, network in wide.values() for layer in network.modules() if type(layer) is torch.nn.Linear]
+    assert len(layers) > 12
+    saved = parameter_bytes(plain) - parameter_bytes(found)
+    assert saved == sum(layer.weight.nbytes for layer in layers) // 2
+
+
+def test_weights_that_half_precision_would_change_are_kept_as_they_are() -> None:
+    layers = [torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)]
+    with torch.no_grad():
+        layers[0].weight.fill_(1 / 3)
+        layers[1].weight.fill_(0.5)
+    network = torch.nn.Sequential(*layers)
+    x = torch.arange(6.0).reshape(2, 3)
+    before = network(x)
+    halve(network)
+    assert [type(layer) for layer in network] == [torch.nn.Linear, HalfLinear]
+    assert torch.equal(network(x), before)
 
 
 def test_without_padding_a_text_ends_where_its_caption_ends(components: Path) -> None:
