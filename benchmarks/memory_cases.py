@@ -32,17 +32,18 @@ def measured_on_gpu(work: Work, execution: Execution) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def measured_bytes(work: Work, execution: Execution, *, fake: bool) -> int:
+def measured_bytes(work: Work, execution: Execution, *, fake: bool, widened: bool = False) -> int:
     """Return the most bytes of tensors that lived at once in the second step, on the CPU.
 
-    bf16 products are those of a device that has them, which is what is counted; without them a CPU holds fp32 copies.
-
     Args:
+        work: what a step does.
+        execution: how.
         fake: on tensors without bytes, so that the model may be larger than this machine.
+        widened: with bf16 products as a CPU has them that must make them in fp32.
     """
     allocations = Allocations()
     pretended = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
-    with bf16_products(through_fp32=False), pretended, allocations:
+    with bf16_products(through_fp32=widened), pretended, allocations:
         trainer = make_trainer(_training(work), work.config, _base(work.config), device="cpu", execution=execution)
         for _ in range(_STEPS):
             allocations.reset()

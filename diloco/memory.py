@@ -86,9 +86,16 @@ class Footprint:
         )
 
 
-def footprint(work: Work, execution: Execution, kind: DeviceKind) -> Footprint:
-    """Return what a step takes at its peak, from the second step on."""
-    return _Count(work, execution, kind).peak()
+def footprint(work: Work, execution: Execution, kind: DeviceKind, *, widened: bool = False) -> Footprint:
+    """Return what a step takes at its peak, from the second step on.
+
+    Args:
+        work: what a step does.
+        execution: how.
+        kind: of the device.
+        widened: the device multiplies bf16 numbers in fp32 and holds them so (`mmdit.products`).
+    """
+    return _Count(work, execution, kind, widened=widened).peak()
 
 
 def unit_host_bytes(config: MMDiTConfig) -> int:
@@ -147,12 +154,14 @@ class _Kept:
 class _Count:
     """One step's moments, and the largest of them."""
 
-    def __init__(self, work: Work, execution: Execution, kind: DeviceKind) -> None:
+    def __init__(self, work: Work, execution: Execution, kind: DeviceKind, *, widened: bool) -> None:
         self._work = work
         self._config = work.config
         self._execution = execution
         self._kind = kind
         self._width = 2 if work.precision == "bf16" else _FP32  # bytes of a number that the model computes with
+        # Bytes of a weight as the model computes with it, and of its gradient.
+        self._held = _FP32 if widened and execution.keeping == "whole" else self._width
         self._samples = -(-work.batch // execution.parts)
         self._total = parameters(work.config)
         self._largest = _largest_parameter(work.config)
@@ -180,7 +189,7 @@ class _Count:
         several, whole = self._execution.parts > 1, self._execution.keeping == "whole"
         if whole and self._width != _FP32:
             # Autograd widens them last of all, since weights were narrowed first of all.
-            return self._width * done + (_FP32 * self._total if several else 0)
+            return self._held * done + (_FP32 * self._total if several else 0)
         return self._kept_gradient_bytes() if several else self._width * done
 
     def _kept_gradient_bytes(self) -> int:
@@ -196,7 +205,7 @@ class _Count:
         moments = self._moment_bytes()
         return Footprint(
             weights=table + (0 if away else _FP32 * total),
-            copies=self._width * total if copied else 0,
+            copies=self._held * total if copied else 0,
             gradients=0 if away else gradients,
             moments=0 if away else moments,
             inputs=self._input_bytes(),

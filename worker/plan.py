@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -128,9 +129,19 @@ def plan_unit(work: Work, room: Room) -> Plan:
 
 def planned(work: Work, execution: Execution, kind: DeviceKind) -> Plan:
     """Return what one way of training takes."""
-    found = footprint(work, execution, kind)
+    found = footprint(work, execution, kind, widened=kind == "cpu" and holds_wide())
     host = found.host + unit_host_bytes(work.config) + (found.device if kind == "cpu" else 0)
     return Plan(execution=execution, footprint=found, device_bytes=found.device, host_bytes=host)
+
+
+@cache
+def holds_wide() -> bool:
+    """Return whether this machine's processor multiplies bf16 numbers in fp32, and so holds them."""
+    import torch
+
+    from mmdit.products import in_fp32
+
+    return in_fp32(torch.device("cpu"))
 
 
 def fits(plan: Plan, room: Room) -> bool:

@@ -73,6 +73,14 @@ def test_the_count_is_within_a_tenth_of_what_a_step_takes(
     assert counted(step, execution) == pytest.approx(measured_bytes(step, execution, fake=False), rel=0.1)
 
 
+@pytest.mark.parametrize("execution", [PLAIN, AGAIN, NARROW, HOST, Execution(parts=4)])
+def test_so_it_is_where_bf16_numbers_are_held_in_fp32(execution: Execution) -> None:
+    step = work(precision="bf16")
+    found = footprint(step, execution, "cpu", widened=True)
+    measured = measured_bytes(step, execution, fake=False, widened=True)
+    assert found.device + found.host == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize(("precision", "execution"), [("fp32", PLAIN), ("bf16", NARROW)])
 def test_so_it_is_with_factored_moments(precision: Precision, execution: Execution) -> None:
     step = work(precision=precision, optimizer="adamw-factored")
