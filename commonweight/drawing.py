@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from diloco.streams import Stream
-from mmdit.components import Autoencoder, ComponentsMissing, TextEncoders, load_encoders, load_vae
+from mmdit.components import Autoencoder, TextEncoders, load_encoders, load_vae
 from mmdit.conditioning import ConditioningConfig, encode
 from mmdit.encoders import Conditioning, EncodersConfig, TextEncoder
 from mmdit.export import Loaded
 from mmdit.flow import VelocityModel, shift_for
+from mmdit.network_files import ComponentsMissing
 from mmdit.sample import Guidance, Start, Text, sample
 from mmdit.space import ByteImages, FloatImages, PixelSpace, Space, VaeSpace
 from protocol.errors import CheckpointCorrupt

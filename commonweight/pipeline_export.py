@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from commonweight.tiny_components import write_identity_vae
-from mmdit.components import CLASSES, FOLDERS, VAE_FOLDER, ComponentsMissing, copied_files, library, require_networks
+from mmdit.components import CLASSES, FOLDERS, VAE_FOLDER, library, require_networks
 from mmdit.encoders import EncodersConfig
 from mmdit.export import Loaded
+from mmdit.network_files import ComponentsMissing, network_files
 from mmdit.space import VaeSpace
 
 _INDEX: Final = "model_index.json"
@@ -81,9 +82,8 @@ def _tokenizer_class(folder: Path) -> str | None:
 
 def _copy(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
-    for path in copied_files(source):
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
+    for path in network_files(source):
+        place = target / path.name
         try:
             shutil.copyfile(path, place)
         except FileNotFoundError:

@@ -1,14 +1,12 @@
 """The frozen networks beside the transformer: CLIP-L, CLIP-G, T5 and the autoencoder, run as Stable Diffusion 3 does.
 
 They lie in a folder as `StableDiffusion3Pipeline.save_pretrained` writes it: `text_encoder`, `text_encoder_2` and
-`text_encoder_3` with their `tokenizer` folders, and `vae`; any of them may be missing. They are loaded by
-`transformers` and `diffusers`, from safetensors only, and no code of the folder is run. What they compute may differ in
+`text_encoder_3` with their `tokenizer` folders, and `vae`; any of them may be missing. `transformers` and `diffusers`
+load them, from what `mmdit.network_files` lets them see, and run no code of the folder. What they compute may differ in
 the last digits between machines; it is rounded to half precision.
 """
 
-import hashlib
 import importlib
-import json
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,14 @@ import torch
 from mmdit.conditioning import Encoded
 from mmdit.encoders import CLIPS, ENCODER_NAMES, EncoderName, EncodersConfig, Padding, TextEncoder
 from mmdit.half_weights import halve
+from mmdit.network_files import (
+    ComponentsMissing,
+    folder_digest,
+    load_tokenizer,
+    load_whole,
+    published_dtype,
+    read_config,
+)
 from mmdit.space import ByteImages, FloatImages, VaeSpace
 
 FOLDERS: Final[Mapping[EncoderName, tuple[str, str]]] = {
@@ -36,36 +42,10 @@ CLASSES: Final[Mapping[EncoderName, str]] = {
     "t5": "T5EncoderModel",
 }
 """Of each text encoder its class in transformers."""
-_MEANINGFUL: Final = (".json", ".safetensors", ".txt", ".model")
 _CLIP_TOKENS: Final = 77
 T5_TOKENS: Final = 77
 """Rows of T5 in Stable Diffusion 3's training. `StableDiffusion3Pipeline` takes 256, unless it is told otherwise."""
 _AT_ONCE: Final = 32
-
-
-class ComponentsMissing(ValueError):
-    """A folder does not hold a network that is needed, or not the one that is needed."""
-
-
-def folder_digest(*folders: Path) -> str:
-    """Return the SHA-256 over the names and digests of the files in folders that say what a network computes.
-
-    Raises:
-        OSError: one can't be read.
-    """
-    entries: dict[str, str] = {}
-    for folder in folders:
-        for path in copied_files(folder):
-            with path.open("rb") as file:
-                name = f"{folder.name}/{path.relative_to(folder).as_posix()}"
-                entries[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode("ascii")).hexdigest()
-
-
-def copied_files(folder: Path) -> list[Path]:
-    """Return the files of a network's folder that say what it computes. Copies of the weights in fp16 do not."""
-    found = (path for path in folder.rglob("*") if path.suffix in _MEANINGFUL and path.is_file())
-    return sorted(path for path in found if ".fp16" not in path.name)
 
 
 def require_networks(components: Path, conditioning: EncodersConfig, vae: VaeSpace | None) -> None:
@@ -100,15 +80,22 @@ class TextEncoders:
     device: str
 
     def encode(self, captions: Sequence[str]) -> list[list[Encoded | None]]:
-        """Return for each caption what each encoder of `config.encoders` makes of it; None if it is not loaded."""
+        """Return for each caption what each encoder of `config.encoders` makes of it; None if it is not loaded.
+
+        Raises:
+            ValueError: a caption is no Unicode.
+        """
+        if odd := next((caption for caption in captions if not _is_unicode(caption)), None):
+            raise ValueError(f"caption {odd[:40]!r} has a character that Unicode does not have")
         found: list[list[Encoded | None]] = []
         for first in range(0, len(captions), _AT_ONCE):
             part = list(captions[first : first + _AT_ONCE])
-            columns = [self._column(encoder, part) for encoder in self.config.encoders]
+            columns = [self.column(encoder, part) for encoder in self.config.encoders]
             found += [list(texts) for texts in zip(*columns, strict=True)]
         return found
 
-    def _column(self, encoder: TextEncoder, captions: list[str]) -> Sequence[Encoded | None]:
+    def column(self, encoder: TextEncoder, captions: list[str]) -> Sequence[Encoded | None]:
+        """Return what one encoder makes of captions; None if it is not loaded."""
         if encoder.name not in self.loaded:
             return [None] * len(captions)
         tokenizer, network = self.loaded[encoder.name]
@@ -174,7 +161,7 @@ def _describe(components: Path, name: EncoderName, t5_tokens: int) -> TextEncode
     network, tokenizer = (components / folder for folder in FOLDERS[name])
     if not network.is_dir() or not tokenizer.is_dir():
         raise ComponentsMissing(f"{components} does not hold {name}: {network.name} and {tokenizer.name} are needed")
-    config = _config(network)
+    config = read_config(network)
     clip = name in CLIPS
     try:
         return TextEncoder(
@@ -184,7 +171,7 @@ def _describe(components: Path, name: EncoderName, t5_tokens: int) -> TextEncode
             pooled=config["projection_dim"] if clip else 0,
             sha256=folder_digest(network, tokenizer),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ComponentsMissing(f"{network / 'config.json'} is not that of a {CLASSES[name]} ({error})") from None
 
 
@@ -205,14 +192,31 @@ def load_encoders(
             continue
         network, tokenizer = (components / folder for folder in FOLDERS[encoder.name])
         _require_digest(encoder.name, encoder.sha256, network, tokenizer)
-        kind = getattr(transformers, CLASSES[encoder.name])
-        loaded = _quietly(kind.from_pretrained, network, local_files_only=True, use_safetensors=True, dtype="auto")
-        loaded = loaded.eval().requires_grad_(requires_grad=False)
+        loaded = load_whole(getattr(transformers, CLASSES[encoder.name]), network, dtype=published_dtype(network))
         halve(loaded)
-        loaded = loaded.to(device=device)
-        reads = _quietly(transformers.AutoTokenizer.from_pretrained, tokenizer, local_files_only=True)
-        found[encoder.name] = (reads, loaded)
-    return TextEncoders(config=config, loaded=found, device=device)
+        reads = load_tokenizer(transformers.AutoTokenizer, tokenizer)
+        found[encoder.name] = (reads, loaded.to(device=device))
+    encoders = TextEncoders(config=config, loaded=found, device=device)
+    _try(encoders, components)
+    return encoders
+
+
+def _try(encoders: TextEncoders, components: Path) -> None:
+    """Raise `ComponentsMissing` unless every encoder gives for a caption what the config says that it gives."""
+    for encoder in encoders.config.encoders:
+        if encoder.name not in encoders.loaded:
+            continue
+        try:
+            (text,) = encoders.column(encoder, ["a caption"])
+        except Exception as error:  # whatever a library makes of files that do not fit each other
+            raise ComponentsMissing(f"{encoder.name} in {components} reads no caption: {error}") from None
+        assert text is not None
+        found = (text.tokens.shape[1], len(text.pooled))
+        if found != (encoder.width, encoder.pooled) or len(text.tokens) > encoder.tokens:
+            raise ComponentsMissing(
+                f"{encoder.name} in {components} gives tokens of {found[0]} and a pooled vector of {found[1]}, but "
+                f"{encoder.width} and {encoder.pooled} are needed"
+            )
 
 
 def describe_vae(components: Path, *, pixel_height: int, pixel_width: int) -> VaeSpace:
@@ -225,7 +229,7 @@ def describe_vae(components: Path, *, pixel_height: int, pixel_width: int) -> Va
     folder = components / VAE_FOLDER
     if not folder.is_dir():
         raise ComponentsMissing(f"{components} does not hold an autoencoder: there is no {VAE_FOLDER} in it")
-    config = _config(folder)
+    config = read_config(folder)
     try:
         factor = 1 << (len(config["block_out_channels"]) - 1)
         return VaeSpace(
@@ -238,7 +242,7 @@ def describe_vae(components: Path, *, pixel_height: int, pixel_width: int) -> Va
             scale=float(config["scaling_factor"]),
             sha256=folder_digest(folder),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ComponentsMissing(f"{folder / 'config.json'} is not that of an AutoencoderKL ({error})") from None
 
 
@@ -275,13 +279,10 @@ def load_vae(components: Path, space: VaeSpace, device: str) -> Autoencoder:
     """
     folder = components / VAE_FOLDER
     _require_digest("the autoencoder", space.sha256, folder)
-    kind = library("diffusers").AutoencoderKL
-    network = _quietly(
-        kind.from_pretrained, folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
-    )
+    network = load_whole(library("diffusers").AutoencoderKL, folder, dtype=torch.float32, low_cpu_mem_usage=False)
     return Autoencoder(
         space=space,
-        network=network.eval().requires_grad_(requires_grad=False).to(device=device, dtype=torch.float32),
+        network=network.to(device=device),
         device=device,
     )
 
@@ -297,14 +298,12 @@ def _require_digest(name: str, sha256: str, *folders: Path) -> None:
         )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _is_unicode(text: str) -> bool:
     try:
-        values = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ComponentsMissing(f"{folder / 'config.json'} can't be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ComponentsMissing(f"{folder / 'config.json'} is not a JSON object")
-    return values
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def library(name: str) -> Any:
@@ -321,15 +320,6 @@ def library(name: str) -> Any:
         raise ComponentsMissing(
             f"the networks need {name}, which is not installed; `pip install 'commonweight[encoders]'` installs it"
         ) from None
-
-
-def _quietly(load: Any, folder: Path, **options: Any) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return load(str(folder), **options)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise ComponentsMissing(f"{folder} can't be loaded: {error}") from None
 
 
 def _halves(values: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:

@@ -4,8 +4,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from diloco.texts import Encode
-from mmdit.components import ComponentsMissing, TextEncoders, load_encoders, require_networks
+from mmdit.components import TextEncoders, load_encoders, require_networks
 from mmdit.encoders import EncodersConfig
+from mmdit.network_files import ComponentsMissing
 from protocol.documents import RunConfig
 from protocol.errors import NetworksMissing
 from verify.replay import conditioning_config

@@ -162,7 +162,7 @@ def prepare(
     from commonweight.data.pictures import buckets
     from commonweight.data.prepare import Recipe, begin_again
     from commonweight.data.prepare import prepare as make
-    from mmdit.components import ComponentsMissing
+    from mmdit.network_files import ComponentsMissing
     from worker.hardware import resolve_device
 
     shape = _shape(preset)

@@ -14,18 +14,17 @@ from commonweight.tiny_components import untrained_vae, write_tiny_components
 from mmdit.components import (
     CLASSES,
     FOLDERS,
-    ComponentsMissing,
     TextEncoders,
     describe_encoders,
     describe_vae,
     encoders_in,
-    folder_digest,
     library,
     load_encoders,
     load_vae,
 )
 from mmdit.encoders import EncodersConfig, Padding
 from mmdit.half_weights import HalfLinear, halve
+from mmdit.network_files import ComponentsMissing, folder_digest
 from mmdit.presets import PRESETS
 from protocol.errors import UsageError
 
