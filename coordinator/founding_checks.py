@@ -9,10 +9,11 @@ from coordinator.settings_sections import DataSettings
 from coordinator.signed import Described
 from diloco.shards import Shard
 from mmdit.conditioning import ConditioningConfig
+from mmdit.space import space_from_json
 from protocol.assignment import stage_shards
 from protocol.canonical import sha256_hex
-from protocol.documents import DatasetManifest, RunConfig
-from protocol.errors import ConfigInvalid, DatasetInvalid, ShardCorrupt
+from protocol.documents import DatasetManifest, RunConfig, parse_payload, payload_of
+from protocol.errors import ConfigInvalid, DatasetInvalid, PayloadInvalid, ShardCorrupt
 from protocol.limits import MAX_SHARD_BYTES, MIB
 
 
@@ -99,20 +100,32 @@ def check_evidence(settings: Settings, calibration: bytes | None) -> None:
 
 
 def check_config(config: RunConfig) -> None:
-    """Hold the shards to the rounds; raise ConfigInvalid."""
+    """Hold the shards to the rounds, and the whole to what its readers will accept; raise ConfigInvalid."""
+    try:
+        parse_payload(RunConfig, payload_of(config))
+    except PayloadInvalid as error:
+        raise ConfigInvalid(f"Nobody could read this run: {error.message}") from None
     _check_distinct(config)
     _check_stages(config)
     _check_unit_bytes(config)
 
 
 def _check_stages(config: RunConfig) -> None:
+    sides = sorted({round((shard.height * shard.width) ** 0.5) for shard in config.data.shards})
+    factor = space_from_json(config.space).factor
     for stage in config.rounds.stages:
+        if stage.first_round > config.rounds.planned:
+            raise ConfigInvalid(
+                f"rounds.stages has a stage from round {stage.first_round} on, but rounds.planned is "
+                f"{config.rounds.planned}: it never comes."
+            )
         _, shards = stage_shards(config, stage.first_round)
         if len(shards) < config.rounds.shards_per_unit:
             raise ConfigInvalid(
-                f"rounds.stages has a stage of {stage.side} latent pixels a side from round {stage.first_round} "
+                f"rounds.stages has a stage of {stage.side * factor} pixels a side from round {stage.first_round} "
                 f"on, but {len(shards)} shards have pictures of about that size, and rounds.shards_per_unit is "
-                f"{config.rounds.shards_per_unit}."
+                f"{config.rounds.shards_per_unit}. The data has sides of about "
+                f"{', '.join(str(side * factor) for side in sides)}."
             )
 
 

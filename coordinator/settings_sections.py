@@ -114,7 +114,7 @@ class TrainingSettings(_Section):
     beta2: float = Field(default=0.99, ge=0, lt=1, description="AdamW's beta2.")
     eps: float = Field(
         default=1e-8,
-        gt=0,
+        ge=1e-30,  # what fp32 rounds to zero makes NaN of a weight that has no gradient
         le=1,
         description="AdamW's epsilon; 1e-4 or so where training.precision is bf16, about a fortieth of a typical "
         "gradient.",
@@ -271,13 +271,17 @@ class RoundsSettings(_Section):
             parsed = parse_stages(stages)
         except ValueError:
             parsed = ((0, 0),)
-        firsts = [first for first, _ in parsed]
-        if parsed and (firsts[0] != 1 or firsts != sorted(set(firsts)) or min(side for _, side in parsed) < 1):
+        firsts, sides = [first for first, _ in parsed], [side for _, side in parsed]
+        rising = firsts[:1] == [1] and firsts == sorted(set(firsts))
+        if parsed and not (rising and min(sides) >= 1 and max(*firsts, *sides) < _MOST_STAGE):
             raise ValueError(
                 f"rounds.stages is {show(stages)}; it must be pairs of a round and a side in pixels, rounds rising "
                 'from 1, such as "1:256 2001:512".'
             )
         return stages
+
+
+_MOST_STAGE: Final = 1 << 31
 
 
 def parse_stages(stages: str) -> tuple[tuple[int, int], ...]:

@@ -5,9 +5,12 @@ control process, which alone signs, takes the requests into the list that the ne
 the round after that are not leased yet, so no unit that is at work changes its meaning.
 """
 
+import fcntl
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -181,9 +184,19 @@ def ask(directory: RunDirectory, wanted: Sequence[Asked]) -> Start:
     """Leave requests for the control process, now or when it is started; return from which round on they count.
 
     Raises:
-        TakedownRefused: no later unit could leave the pictures out: the run's last round is being trained or over.
+        TakedownRefused: no later unit could leave the pictures out, since the run's last round is being trained or is
+            over; or one of them can't be taken down any more.
         DiskFull, LocalProblem: a request could not be written.
     """
+    with _one_at_a_time(directory.takedowns):
+        # Others may have asked since the caller looked: what is promised here must not be passed over later.
+        book = book_of(directory, directory.trust())
+        for asked in wanted:
+            book.add(asked)
+        return _leave(directory, wanted)
+
+
+def _leave(directory: RunDirectory, wanted: Sequence[Asked]) -> Start:
     planned = directory.config().rounds.planned
     before = start_of(directory)
     if before.earliest > planned:
@@ -193,11 +206,22 @@ def ask(directory: RunDirectory, wanted: Sequence[Asked]) -> Start:
         )
     content = canonical_json([asdict(asked) for asked in wanted])
     with disk_trouble_explained("Nothing was taken down"):
-        directory.takedowns.mkdir(mode=0o700, exist_ok=True)
         # One file, so that no checkpoint takes a part of what belongs together.
         write_file(directory.takedowns / f"{sha256_hex(content)}.json", content)
     # Rounds may have gone on meanwhile: what is still collecting now reads the requests when it is merged.
     return Start(earliest=before.earliest, latest=start_of(directory).latest)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    with disk_trouble_explained("Nothing was taken down"):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def start_of(directory: RunDirectory) -> Start:
@@ -236,9 +260,14 @@ def _parsed(raw: bytes) -> list[Asked]:
     return [_asked(entry) for entry in listed]
 
 
+def _is_number(sample: int) -> bool:
+    """Whether it can be a sample's: Python takes true for a whole number."""
+    return not isinstance(sample, bool) and abs(sample) < 1 << 32
+
+
 def _asked(entry: object) -> Asked:
     match entry:
-        case {"shard": str(shard), "sample": int(sample), "reason": str(reason)}:
+        case {"shard": str(shard), "sample": int(sample), "reason": str(reason)} if _is_number(sample):
             return Asked(shard=shard, sample=sample, reason=reason)
         case _:
             raise PayloadInvalid("An entry names no shard, sample and reason.")

@@ -106,6 +106,16 @@ def unit_host_bytes(config: MMDiTConfig) -> int:
     return (_FP32 + 1) * parameters(config)
 
 
+def drawn_bytes(work: Work, kind: DeviceKind) -> int:
+    """Return the main memory of the batches that are drawn at once, whole: the one in work and the next.
+
+    A GPU's next batch is drawn while the one in work is still being sent in parts.
+    """
+    latent = work.image_tokens * work.config.patch_size**2 * work.config.in_channels
+    text = work.text_tokens * work.config.joint_attention_dim + work.config.pooled_projection_dim
+    return (3 if kind == "cuda" else 2) * _FP32 * work.batch * (2 * latent + text)
+
+
 def parameters(config: MMDiTConfig) -> int:
     """Return how many numbers are trained."""
     return _rest_parameters(config) + sum(_block_parameters(config, index) for index in range(config.num_layers))

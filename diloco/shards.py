@@ -24,7 +24,7 @@ from mmdit.conditioning import Encoded, TextPart, embedded_layout
 from mmdit.encoders import ENCODER_NAMES
 from protocol.canonical import canonical_json, parse_json
 from protocol.errors import PayloadInvalid, ShardCorrupt
-from protocol.limits import MAX_SHARD_HEADER_BYTES
+from protocol.limits import MAX_CAPTION_BYTES, MAX_SHARD_HEADER_BYTES
 
 FORMAT: Final = 2
 Halves = npt.NDArray[np.float16]
@@ -127,6 +127,7 @@ def pack_shard(
 
 def _packed_captions(captions: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
     raw = [caption.encode() for caption in captions]
+    _check_lengths([len(text) for text in raw])
     return {
         _CAPTION_OFFSETS: np.cumsum([0, *(len(text) for text in raw)], dtype=np.int64),
         _CAPTIONS: np.frombuffer(b"".join(raw), dtype=np.uint8),
@@ -437,9 +438,16 @@ def _check_captions(captions: npt.NDArray[np.uint8], offsets: Offsets, n: int) -
     _check_offsets(offsets, n, len(captions), "captions")
     # A text may be cut only between characters: a byte 10xxxxxx goes on with one.
     captions.tobytes().decode("utf-8")
+    _check_lengths(np.diff(offsets))
     starts = offsets[:-1][offsets[:-1] < len(captions)]
     if np.any(captions[starts] & 0xC0 == 0x80):
         raise ValueError("a caption begins in the middle of a character")
+
+
+def _check_lengths(lengths: Sequence[int] | Offsets) -> None:
+    longest = max(lengths)
+    if longest > MAX_CAPTION_BYTES:
+        raise ValueError(f"a caption has {longest:,} bytes; it may have {MAX_CAPTION_BYTES:,}")
 
 
 def _check_part(name: str, arrays: Sequence[npt.NDArray[Any] | None], n: int) -> None:

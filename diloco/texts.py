@@ -7,13 +7,15 @@ gives half precision, and nothing here is random.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
 from mmdit.conditioning import ConditioningConfig, Encoded, TextLayout, TextPart, encode_caption
 
-_CACHED = 1024
+_CACHED: Final = 64
+_CACHED_BYTES: Final = 256 * 1024
+"""Of one caption's tokens at most, so that what is kept stays a few megabytes; longer ones are made each time."""
 
 Encode = Callable[[Sequence[str]], Sequence[Sequence[Encoded | None]]]
 """What runs a run's text encoders: for each caption one text for each part (`mmdit.components.TextEncoders.encode`)."""
@@ -145,10 +147,17 @@ class ByteTexts:
 
     def _text(self, holder: TextHolder, i: int) -> Encoded:
         caption = holder.caption(i)
-        return _stored(holder, self.layout.parts[0], i) if caption is None else _encode(caption, self.conditioning)
+        if caption is None:
+            return _stored(holder, self.layout.parts[0], i)
+        short = 2 * self.conditioning.max_tokens * self.conditioning.token_dim <= _CACHED_BYTES
+        return _encode_cached(caption, self.conditioning) if short else _encode(caption, self.conditioning)
 
 
 @functools.lru_cache(maxsize=_CACHED)
+def _encode_cached(caption: str, conditioning: ConditioningConfig) -> Encoded:
+    return _encode(caption, conditioning)
+
+
 def _encode(caption: str, conditioning: ConditioningConfig) -> Encoded:
     tokens, pooled = encode_caption(caption, conditioning)
     return Encoded(tokens=tokens, pooled=pooled)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from protocol.documents import Digest, RunConfig, RunId, ShardRef, UnitId
+from protocol.errors import PayloadInvalid
 
 
 def unit_id(config_sha256: Digest, round_number: int, index: int) -> UnitId:
@@ -28,9 +29,14 @@ def unit_shards(config: RunConfig, round_number: int, index: int) -> tuple[Diges
     Units are counted over all rounds of a stage. In each epoch the shards of every size are put into a new order and
     dealt into groups of `shards_per_unit`, or one fewer, the groups of all sizes are put into an order, and each unit
     takes the next: so every shard is in one unit of an epoch, and nobody chooses which.
+
+    Raises:
+        PayloadInvalid: no shard has the size that the round's stage asks for; no such run is founded.
     """
     first, shards_of_stage = stage_shards(config, round_number)
     groups = _group_sizes(config, shards_of_stage)
+    if not groups:
+        raise PayloadInvalid(f"RunConfig: no shard has pictures of the size that round {round_number} trains on.")
     epoch, place = divmod((round_number - first) * config.rounds.units + index, sum(groups.values()))
     names = {
         f"{size[0]}/{size[1]}/{number}": (size, number) for size, count in groups.items() for number in range(count)

@@ -53,6 +53,8 @@ MAX_DELEGATION_BYTES: Final = 2 * KIB
 """Largest envelope of a device's delegation, which is stored for each device; it has 600 bytes."""
 MAX_PUBLIC_DOCUMENT_BYTES: Final = 64 * MIB
 """Largest signed document read from a file or over HTTP: a manifest that lists every delta of a big round."""
+MAX_CAPTION_BYTES: Final = 16 * KIB
+"""Longest caption in a shard, in UTF-8. Who trains makes tokens of all of it, in every step that draws it."""
 MAX_TAKEDOWNS: Final = 16_384
 """Pictures that a run's list of those taken down can name. Every worker fetches all of it when it grows."""
 MAX_TAKEDOWNS_BYTES: Final = 32 * MIB

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from diloco.execution import Execution
-from diloco.memory import CUDA_OVERHEAD, DeviceKind, Footprint, Work, footprint, unit_host_bytes
+from diloco.memory import CUDA_OVERHEAD, DeviceKind, Footprint, Work, drawn_bytes, footprint, unit_host_bytes
 from protocol.documents import RunConfig
 from protocol.errors import MemoryTooSmall
 
@@ -130,7 +130,7 @@ def plan_unit(work: Work, room: Room) -> Plan:
 def planned(work: Work, execution: Execution, kind: DeviceKind) -> Plan:
     """Return what one way of training takes."""
     found = footprint(work, execution, kind, widened=kind == "cpu" and holds_wide())
-    host = found.host + unit_host_bytes(work.config) + (found.device if kind == "cpu" else 0)
+    host = found.host + unit_host_bytes(work.config) + drawn_bytes(work, kind) + (found.device if kind == "cpu" else 0)
     return Plan(execution=execution, footprint=found, device_bytes=found.device, host_bytes=host)
 
 

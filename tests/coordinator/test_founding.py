@@ -217,6 +217,23 @@ def test_data_that_does_not_fit_the_settings_is_refused_with_both_values(
     founding("data.source=https://example.org", "data.licence=CC0-1.0", shards=[*shards, tmp_path / "other"])
 
 
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ("1:8 99999999:8", "Nobody could read this run"),
+        ("1:8 99999999999999999999:8", "it must be pairs of a round and a side"),
+        ("1:8 21:8", "has a stage from round 21 on, but rounds.planned is 20: it never comes"),
+        ("1:8 2:64", "has a stage of 64 pixels a side from round 2 on, but 0 shards .* sides of about 8"),
+    ],
+)
+def test_stages_that_nobody_could_train_are_refused_and_nothing_is_made(
+    founding: Founding, tmp_path: Path, stages: str, words: str
+) -> None:
+    with pytest.raises(ConfigInvalid, match=words):
+        founding(f"rounds.stages={stages}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_or_missing_shard_is_refused_and_nothing_is_made(
     founding: Founding, tmp_path: Path, data: tuple[list[Path], Path]
 ) -> None:

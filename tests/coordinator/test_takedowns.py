@@ -114,6 +114,25 @@ def test_a_request_becomes_part_of_the_next_checkpoints_list_once_and_is_never_l
     assert newer.entries[-1].from_round == 3
 
 
+def test_what_was_promised_to_one_is_not_taken_from_him_by_another_who_asks_at_the_same_time(
+    directory: RunDirectory,
+) -> None:
+    shard = directory.config().data.shards[0]
+    for sample in range(shard.samples - 1):
+        ask(directory, [asked(sample, shard.sha256)])
+    with pytest.raises(TakedownRefused, match="the last one that is left"):
+        ask(directory, [asked(shard.samples - 1, shard.sha256)])
+    with pytest.raises(TakedownRefused, match="taken down already"):
+        ask(directory, [asked(0, shard.sha256)])
+    assert len(read_asked(directory.takedowns)) == shard.samples - 1
+
+
+@pytest.mark.parametrize("sample", ["true", "1" + "0" * 50, '"1"', "1.5"])
+def test_a_request_that_names_no_number_is_passed_over(tmp_path: Path, sample: str) -> None:
+    (tmp_path / "odd.json").write_text(f'[{{"shard": "{FIRST}", "sample": {sample}, "reason": ""}}]')
+    assert read_asked(tmp_path) == ()
+
+
 def test_nothing_is_measured_on_a_held_out_picture_once_it_is_taken_down(directory: RunDirectory) -> None:
     identity = directory.identity()
     publisher = Publisher(directory.public, identity.coordinator)
@@ -153,7 +172,7 @@ def test_from_which_round_on_it_counts_follows_from_what_is_leased(tmp_path: Pat
         if planned == 1:
             with pytest.raises(TakedownRefused, match="last round, 1, are being given out"):
                 ask(run, wanted)
-            assert not run.takedowns.exists()
+            assert read_asked(run.takedowns) == ()
             continue
         assert ask(run, wanted) == Start(earliest=2, latest=2)
         collecting = store.round(1)

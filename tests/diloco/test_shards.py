@@ -16,6 +16,7 @@ from diloco.shards import EMPTY, KEPT, SILENT, Shard, ShardInfo, ShardSet, pack_
 from diloco.texts import ByteTexts, CaptionTexts, StoredTexts
 from mmdit.conditioning import ConditioningConfig, Encoded, TextLayout, TextPart, encode_caption
 from protocol.errors import ShardCorrupt
+from protocol.limits import MAX_CAPTION_BYTES
 from tests.diloco.examples import INFO, shard_bytes, shard_set
 
 
@@ -118,6 +119,17 @@ def test_captions_come_back_letter_by_letter() -> None:
     assert [shard.caption(i) for i in range(4)] == captions
     assert shard.has_captions
     assert not shard.parts
+
+
+def test_a_caption_has_a_longest_length_when_it_is_written_and_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_shard(halves(1, 1, 2, 2), INFO, captions=["é" * (MAX_CAPTION_BYTES // 2)])
+    with pytest.raises(ValueError, match="it may have 16,384"):
+        pack_shard(halves(1, 1, 2, 2), INFO, captions=["x" * 16_385])
+    monkeypatch.setattr("diloco.shards.MAX_CAPTION_BYTES", 1 << 20)
+    raw = pack_shard(halves(1, 1, 2, 2), INFO, captions=["x" * 16_385])
+    monkeypatch.undo()
+    with pytest.raises(ShardCorrupt, match="it may have 16,384"):
+        Shard.open(raw)
 
 
 def test_bytes_of_captions_are_heard_as_if_they_had_been_encoded_before() -> None:
