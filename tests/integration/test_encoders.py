@@ -109,7 +109,7 @@ def test_without_the_run_s_own_encoders_nobody_works(folder: Path, data: Path, t
     others = tmp_path / "others"
     write_tiny_components(others, PRESETS["rgb16"], seed=2)
     with LiveRun(folder, STAGED, data=data) as run:
-        run.start()
+        run.start("--no-auditor")
         for name, more, words in (
             ("nothing", (), "runs its text encoders, clip_l, clip_g, t5"),
             ("others", ("--components", str(others)), "it is another network"),
@@ -118,3 +118,4 @@ def test_without_the_run_s_own_encoders_nobody_works(folder: Path, data: Path, t
                 assert worker.wait() != 0
                 assert words in worker.await_event("failed")["sentence"]
                 assert worker.events("failed")[0]["code"] == "NETWORKS_MISSING"
+                assert not worker.events("lease"), "nothing was leased that could not be trained"

@@ -15,6 +15,7 @@ from protocol.errors import (
     ConsentNeeded,
     DirectoryInUse,
     EndpointUntrusted,
+    NetworksMissing,
     NumericsMismatch,
     Unreachable,
 )
@@ -147,6 +148,22 @@ def test_nothing_is_sent_before_the_terms_are_accepted(tmp_path: Path) -> None:
             return run
 
     assert asyncio.run(scenario()).log == []
+
+
+def test_who_lacks_the_text_encoders_of_a_run_is_told_before_anything_is_asked_or_sent(tmp_path: Path) -> None:
+    async def scenario() -> SmallRun:
+        small = SmallRun(tmp_path / "run")
+        small.config = replace(
+            small.config,
+            conditioning={"kind": "encoders", "stored": False, "encoders": [{"name": "clip_l", "tokens": 77}]},
+        )
+        async with small as run:
+            with pytest.raises(NetworksMissing, match=r"runs its text encoders, clip_l.*--components"):
+                await work(run, tmp_path / "home", Recorder(), accept_terms=False)
+            return run
+
+    assert asyncio.run(scenario()).log == []
+    assert not (tmp_path / "home/consent").exists()
 
 
 def test_accepted_terms_are_remembered(tmp_path: Path) -> None:

@@ -186,6 +186,23 @@ def test_consent_names_the_source_of_the_data_and_how_work_is_checked(
     assert said in shown
 
 
+ENCODERS = {
+    "kind": "encoders",
+    "stored": False,
+    "encoders": [{"name": "clip_l", "tokens": 77}, {"name": "t5\x1b", "tokens": 128}],
+}
+"""As in a run config whose shards hold captions alone."""
+
+
+def test_consent_names_the_text_encoders_that_this_machine_would_run() -> None:
+    config = run_config()
+    asked = "- Your machine runs the run's text encoders besides: clip_l (77 tokens), t5? (128 tokens)."
+
+    assert asked in terms_text(dataclasses.replace(config, conditioning=ENCODERS))
+    assert "text encoders" not in terms_text(dataclasses.replace(config, conditioning={**ENCODERS, "stored": True}))
+    assert "text encoders" not in terms_text(config)
+
+
 def test_what_was_fetched_is_named_for_a_person() -> None:
     weights = "checkpoints/000003/transformer/diffusion_pytorch_model.safetensors"
     assert Downloaded(file=weights, bytes=2048, seconds=0.1).line() == (
