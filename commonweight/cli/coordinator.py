@@ -15,14 +15,14 @@ import typer
 
 from commonweight.cli.networks import Components, networks_in
 from commonweight.cli.takedown import takedown
-from protocol.errors import DirectoryNotEmpty, UsageError
+from protocol.errors import DirectoryNotEmpty, NetworksMissing, UsageError
 from protocol.printing import printable
 
 if TYPE_CHECKING:
     from commonweight.data.dataset import Dataset
     from coordinator.directory import RunDirectory, RunIdentity
     from coordinator.settings import Settings
-    from protocol.documents import DataSet
+    from protocol.documents import DataSet, RunConfig
 
 HELDOUT: Final = "heldout.safetensors"
 _HEX_SEED: Final = 64
@@ -174,6 +174,8 @@ def serve(
         return [*start, *keys, "--home", str(run.auditor_home), *threads, *heard]
 
     wanted = auditor and run.config().verification.mode == "replay" and run.auditor_key.exists()
+    if wanted:
+        _check_auditor_s_networks(run.config(), networks)
     return serve_run(run, auditor=command if wanted else None)
 
 
@@ -251,6 +253,22 @@ def renew(
     delegation = renew_delegation(RunDirectory(directory), PrivateKey.load(root_key), now_ms=WallClock().now_ms())
     until = datetime.fromtimestamp(delegation.not_after_ms / 1000, UTC).date()
     typer.echo(f"the coordinator key may act until {until}; move {root_key} off this machine again")
+
+
+def _check_auditor_s_networks(config: "RunConfig", networks: Path | None) -> None:
+    """Refuse what the run's own auditor would refuse, over and over, in a log that nobody reads."""
+    from verify.hearing import heard_by_trainers
+
+    if not heard_by_trainers(config):
+        return  # torch takes seconds to load
+    from verify.networks import check_networks
+
+    try:
+        check_networks(config, networks)
+    except NetworksMissing as error:
+        raise NetworksMissing(
+            f"{error.message} This is about the run's own auditor; with --no-auditor, none is started here."
+        ) from None
 
 
 def _calibrated(path: Path | None) -> list[str]:
