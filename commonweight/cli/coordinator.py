@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -16,7 +16,7 @@ import typer
 from commonweight.cli.networks import Components, networks_in
 from commonweight.cli.takedown import takedown
 from protocol.errors import DirectoryNotEmpty, NetworksMissing, UsageError
-from protocol.printing import printable
+from protocol.printing import counted, printable
 
 if TYPE_CHECKING:
     from commonweight.data.dataset import Dataset
@@ -107,7 +107,9 @@ def init(
         typer.echo(f"{run.settings_file} {what}; edit it, then: commonweight coordinator init {directory}{more}")
         return
     key_file = (root_key or run.root.with_name(f"{run.root.name}-root.pem")).absolute()
-    with _shards(data, shards, dataset) as (training, heldout):
+    # Beside DIR, wherever DIR is to be; a place that somebody names must be there.
+    place = _folder_made(key_file.parent) if root_key is None else nullcontext()
+    with _shards(data, shards, dataset) as (training, heldout), place:
         identity = found(
             run,
             chosen,
@@ -344,6 +346,20 @@ def _shards(data: str, count: int, dataset: "Dataset | None") -> "Iterator[tuple
     yield sorted(path for path in folder_given.glob("*.safetensors") if path != heldout), heldout
 
 
+@contextmanager
+def _folder_made(folder: Path) -> Iterator[None]:
+    """Make a folder if it is not there; take it away again, as long as it is empty, if what follows fails."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
 def _show_new_run(
     given: Path, run: "RunDirectory", identity: "RunIdentity", settings: "Settings", key_file: Path
 ) -> None:
@@ -382,4 +398,5 @@ def _show_new_run(
 def _show_data(data: "DataSet") -> str:
     samples = sum(shard.samples for shard in data.shards)
     curated = "" if data.curator is None else f", signed by the curator {data.curator}"
-    return f"{data.name}, {samples:,} samples in {len(data.shards)} shards, {data.heldout.samples:,} held out{curated}"
+    told = f"{samples:,} samples in {counted(len(data.shards), 'shard')}, {data.heldout.samples:,} held out"
+    return f"{data.name}, {told}{curated}"
