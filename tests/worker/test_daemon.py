@@ -46,6 +46,8 @@ def test_a_worker_trains_the_run_to_its_end_and_keeps_the_receipts(tmp_path: Pat
     assert recorder.names()[-1] == "finished"
     assert recorder.named("finished")[0]["accepted"] == 2
     assert recorder.named("verdict")[0]["checkpoint"] == 1
+    leased = {event["unit"]: (event["round"], event["index"]) for event in recorder.named("lease")}
+    assert {event["unit"]: (event["round"], event["index"]) for event in recorder.named("verdict")} == leased
     assert recorder.named("uploaded")[0]["bytes"] == len(run.received()[0].stored)
     settled = spooled(home, "settled")
     assert [path.name for path in settled] == sorted(attempt.claim_sha256 for attempt in run.received())
