@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from protocol.errors import PackageMissing, UsageError
+from protocol.errors import LocalProblem, PackageMissing, UsageError
+from protocol.printing import printable
 
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 _WANTED: Final = ("text_encoder*/*", "tokenizer*/*", "vae/*")
@@ -19,7 +20,8 @@ def find_components(place: str) -> Path:
         place: a folder, or OWNER/NAME or OWNER/NAME@REVISION of a model hub, whose cache is looked at first.
 
     Raises:
-        UsageError: it is neither, or can't be fetched.
+        UsageError: it is neither.
+        LocalProblem: it can't be fetched.
         PackageMissing: the hub's library is not installed.
     """
     folder = Path(place)
@@ -33,8 +35,8 @@ def find_components(place: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise PackageMissing(
-            "Fetching networks needs huggingface_hub, which is not installed; `pip install 'commonweight[encoders]'` "
-            "installs it."
+            "Fetching networks needs huggingface_hub, which is not installed; in the project's folder, `pip install -c "
+            "constraints.txt '.[encoders]'` installs it."
         ) from None
     name, _, revision = place.partition("@")
     try:
@@ -46,7 +48,7 @@ def find_components(place: str) -> Path:
         )
     except Exception as error:  # whatever the hub's library raises, its first line says it
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"--components {place} can't be fetched: {said[0][:200]}") from None
+        raise LocalProblem(f"--components {place} can't be fetched: {printable(said[0])[:200]}") from None
     return Path(found)
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from coordinator.auditor_log import last_words
 from coordinator.clock import WallClock
 from coordinator.directory import RunDirectory, write_file
 from coordinator.signed import differences
@@ -70,6 +71,7 @@ class Supervisor:
         self._auditor_command = auditor
         self._auditor: subprocess.Popen[bytes] | None = None
         self._auditor_started = 0.0
+        self._auditor_log_began = 0
         self._settings = directory.settings()
         self._identity = directory.identity()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -131,11 +133,16 @@ class Supervisor:
             return
         if time.monotonic() - self._auditor_started < AUDITOR_AGAIN_SECONDS and self._auditor_started:
             return
+        log_file = self._directory.auditor_home / "auditor.log"
         if self._auditor is not None:
-            logger.warning("the auditor ended with %s and is started again", self._auditor.returncode)
+            why = last_words(log_file, self._auditor_log_began)
+            logger.warning(
+                "the auditor ended with %s and is started again%s", self._auditor.returncode, f": {why}" if why else ""
+            )
         self._auditor_started = time.monotonic()
         self._directory.auditor_home.mkdir(mode=0o700, exist_ok=True)
-        with (self._directory.auditor_home / "auditor.log").open("ab") as log:
+        with log_file.open("ab") as log:
+            self._auditor_log_began = log.tell()
             self._auditor = subprocess.Popen(
                 self._auditor_command(join), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
             )

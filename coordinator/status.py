@@ -19,7 +19,7 @@ from protocol.canonical import parse_json
 from protocol.documents import RunId
 from protocol.errors import LocalProblem, PayloadInvalid
 from protocol.limits import KIB
-from protocol.printing import printable
+from protocol.printing import counted, printable
 from verify.plain_files import read_plain
 
 _MOST_BYTES: Final = 64 * KIB
@@ -75,10 +75,11 @@ class RunStatus:
             return (*lines, "round: none yet; the run was never served", *self._takedown_lines())
         units = ", ".join(f"{count} {state}" for state, count in self.units.items())
         lines.append(f"round: {self.round}, {self.round_state}; units: {units}")
-        lines.append(f"members: {len(self.members)} with merged or accepted units, {self.devices} devices seen")
-        lines += [*self._audit_lines(), *self._takedown_lines()]
+        seen = counted(self.devices, "device")
+        lines.append(f"members: {len(self.members)} with merged or accepted units, {seen} seen")
         most = sorted(self.members.items(), key=lambda item: (-item[1], item[0]))[:10]
-        return (*lines, *(f"  {member[:12]}: {count:,} units" for member, count in most))
+        lines += [f"  {member[:12]}: {counted(count, 'unit')}" for member, count in most]
+        return (*lines, *self._audit_lines(), *self._takedown_lines())
 
     def _takedown_lines(self) -> list[str]:
         if not self.taken_down and not self.to_take_down:

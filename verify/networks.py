@@ -9,6 +9,7 @@ from mmdit.encoders import EncodersConfig
 from mmdit.network_files import ComponentsMissing
 from protocol.documents import RunConfig
 from protocol.errors import NetworksMissing
+from verify.hearing import refuse_unnamed
 from verify.replay import conditioning_config
 
 
@@ -27,7 +28,7 @@ def check_networks(config: RunConfig, components: Path | None) -> None:
     conditioning = heard_here(config)
     if conditioning is None:
         return
-    folder = _named(conditioning, components)
+    folder = _named(config, components)
     try:
         require_networks(folder, conditioning, None)
     except (ComponentsMissing, OSError) as error:
@@ -43,7 +44,7 @@ def encode_for(config: RunConfig, components: Path | None, device: str) -> Encod
     conditioning = heard_here(config)
     if conditioning is None:
         return None
-    folder = _named(conditioning, components)
+    folder = _named(config, components)
     try:
         return _loaded(folder, conditioning, device).encode
     except (ComponentsMissing, OSError) as error:
@@ -56,13 +57,9 @@ def _loaded(components: Path, conditioning: EncodersConfig, device: str) -> Text
     return load_encoders(components, conditioning, device)
 
 
-def _named(conditioning: EncodersConfig, components: Path | None) -> Path:
-    if components is None:
-        names = ", ".join(encoder.name for encoder in conditioning.encoders)
-        raise NetworksMissing(
-            f"This run's shards hold captions alone: whoever trains runs its text encoders, {names}. Get the networks "
-            "that the run names, and say with --components in which folder they are."
-        )
+def _named(config: RunConfig, components: Path | None) -> Path:
+    refuse_unnamed(config, named=components is not None)
+    assert components is not None  # or there is nothing to hear
     return components
 
 

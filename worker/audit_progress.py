@@ -1,4 +1,6 @@
-"""What an auditor tells, beside a worker's `connected`, `ready`, `downloaded`, `step`, `waiting`, `stopping`, `failed`.
+"""What an auditor tells, beside what a worker tells too.
+
+Those are `connected`, `ready`, `loading`, `planned`, `downloaded`, `step`, `waiting`, `stopping` and `failed`.
 
 `--json` writes one object a line, as `worker.progress` describes; these are the auditor's own events.
 
@@ -16,6 +18,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+from protocol.printing import counted
 from worker.progress import Event, readable_bytes
 
 
@@ -52,8 +55,8 @@ class OpinionGiven:
     def line(self) -> str:
         """Return the event as a sentence."""
         return (
-            f"Claim {self.claim[:12]} is {self.finding}: raw difference {self.raw_difference:.2g}, "
-            f"code difference {self.code_difference:.2g}."
+            f"Claim {self.claim[:12]} of unit {self.unit[:12]} is {self.finding}: "
+            f"raw difference {self.raw_difference:.2g}, code difference {self.code_difference:.2g}."
         )
 
 
@@ -90,8 +93,8 @@ class AuditsDone:
     def line(self) -> str:
         """Return the event as a sentence."""
         return (
-            f"{self.reason} {self.audits} audits: {self.confirmed} claims confirmed, {self.refuted} refuted; "
-            f"{self.dropped} audits dropped, {readable_bytes(self.bytes_down)} down."
+            f"{self.reason} {counted(self.audits, 'audit')}: {counted(self.confirmed, 'claim')} confirmed, "
+            f"{self.refuted} refuted; {counted(self.dropped, 'audit')} dropped, {readable_bytes(self.bytes_down)} down."
         )
 
 

@@ -13,6 +13,7 @@ from typing import Final
 from diloco import NUMERICS
 from protocol.errors import CommonweightError, DelegationInvalid, UnitAbandoned
 from protocol.join import JoinString
+from verify.hearing import refuse_unnamed
 from worker.audit_client import AuditorClient
 from worker.audit_home import Workbench, load_papers
 from worker.audit_progress import AuditDropped, AuditsDone, OpinionGiven
@@ -115,6 +116,7 @@ async def _admitted(
     if link is None:
         return None
     check_delegated(papers, link)
+    refuse_unnamed(link.trust.config, named=settings.networks is not None)
     machine = this_machine(settings.device, settings.threads, papers.key)
     # The terms are for volunteers; that the operator's own auditor names them only says which run it audits.
     client.introduce(

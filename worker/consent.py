@@ -11,6 +11,7 @@ from protocol.canonical import canonical_json, parse_json
 from protocol.documents import Digest, RunConfig
 from protocol.errors import ConsentNeeded, PayloadInvalid
 from protocol.printing import printable, printable_text
+from verify.hearing import heard_by_trainers
 from worker.durable import disk_named, write_durably
 
 Ask = Callable[[str], bool | None]
@@ -36,7 +37,19 @@ def terms_text(config: RunConfig) -> str:
         f'Terms of the run "{name}":\n\n{printable_text(config.terms.strip())}\n\n'
         f"- The trained weights are published under: {licence}\n"
         f"- They are trained on: {printable(data.name)} ({printable(data.licence)}), from {printable(data.source)}\n"
-        f"- {_CHECKING[config.verification.mode]}"
+        f"- {_CHECKING[config.verification.mode]}{_hearing(config)}"
+    )
+
+
+def _hearing(config: RunConfig) -> str:
+    """Return what a run asks of a machine besides training, as one more item; none for most runs."""
+    heard = heard_by_trainers(config)
+    if not heard:
+        return ""
+    networks = ", ".join(f"{encoder.name} ({encoder.tokens} tokens)" for encoder in heard)
+    return (
+        f"\n- Your machine runs the run's text encoders besides: {networks}. It needs their networks, which "
+        "--components names, and the memory for them."
     )
 
 

@@ -14,6 +14,7 @@ from typing import Final
 from diloco import NUMERICS
 from protocol.errors import CommonweightError
 from protocol.join import JoinString
+from verify.hearing import refuse_unnamed
 from worker.backoff import DEFAULT_BACKOFF, Backoff
 from worker.cache import FileCache
 from worker.calling import Introduction
@@ -114,6 +115,7 @@ async def _admitted(
     if link is None:
         return None
     config = link.trust.config
+    refuse_unnamed(config, named=settings.networks is not None)  # before anything is agreed to or fetched
     # Asked in the main thread, while nothing else runs; nothing of value was sent so far.
     ensure_consent(home.consent(run), config, accept_terms=settings.accept_terms, ask=ask)
     machine = this_machine(settings.device, settings.threads, identity.device)

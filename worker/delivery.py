@@ -134,6 +134,7 @@ class Delivery:
 
     async def settle(self, entry: SpoolEntry, raw: bytes, verdict: Verdict) -> SpoolEntry:
         """Store a unit's verdict, first or later, tell it, and forget the unit."""
+        lease = await self._disk.run(entry.lease)
         event = VerdictAccepts() if verdict.outcome == "accepted" else VerdictRejects()
         entry = await self._disk.run_to_the_end(partial(self._spool.record, entry, event, (VERDICT, raw)))
         self._entries.pop(entry.unit.claim, None)
@@ -142,6 +143,8 @@ class Delivery:
             VerdictCame(
                 claim=verdict.claim,
                 unit=verdict.unit,
+                round=None if lease is None else lease.round,
+                index=None if lease is None else lease.index,
                 outcome=verdict.outcome,
                 code=verdict.code,
                 sentence=verdict.sentence,

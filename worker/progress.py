@@ -7,6 +7,8 @@ hex; times are seconds; every text is for a person. Other fields may be added; w
                  the coordinator proved to speak for the run and opened a session; waiting_units: finished units on disk
     ready        device, threads, repeatable, reason, seconds
                  torch is loaded, the self-test passed, precision is set
+    loading      networks, folder
+                 the run's text encoders are being loaded, which may take minutes; networks: their names
     planned      parts, checkpointing, keeping, device_bytes, host_bytes, sentence
                  how units will be trained in the memory that is free; keeping: "whole", "narrow" or "host", where
                  weights, gradients and moments are; bytes: that a unit takes, counted beforehand
@@ -26,9 +28,9 @@ hex; times are seconds; every text is for a person. Other fields may be added; w
                  an upload is under way; at most two a second
     uploaded     claim, unit, bytes, seconds
                  the signed receipt of the bytes is here; bytes: sent in the stretch that ended with it
-    verdict      claim, unit, outcome, code, sentence, weight, checkpoint
-                 the signed verdict is here; outcome: "accepted" or "rejected"; weight: in units of 2^-24;
-                 checkpoint: the number of the one that holds the delta, or null
+    verdict      claim, unit, round, index, outcome, code, sentence, weight, checkpoint
+                 the signed verdict is here; round and index: of the unit, or null; outcome: "accepted" or "rejected";
+                 weight: in units of 2^-24; checkpoint: the number of the one that holds the delta, or null
     waiting      reason, code, seconds, part
                  this part of the work rests for so long (0: until something else happens); code: of an error, or "";
                  part: "files" if a leased unit waits for its files, or ""
@@ -39,7 +41,8 @@ hex; times are seconds; every text is for a person. Other fields may be added; w
     stopping     reason
                  somebody asked the worker to stop; what happens before it does
     finished     reason, units, accepted, rejected, refused, waiting_units, bytes_up, bytes_down, seconds
-                 the last event of a worker that ends well; all numbers but waiting_units are of this process
+                 the last event of a worker that ends well; all numbers but waiting_units are of this process: accepted
+                 and rejected are verdicts that came to it, also on units that were trained before
     failed       code, sentence
                  the last event of a worker that can't go on; the exit status is not 0
 """
@@ -49,6 +52,8 @@ import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol
+
+from protocol.printing import counted
 
 STEP_EVENTS_EVERY_SECONDS: Final = 0.5
 FILES: Final = "files"
@@ -84,7 +89,7 @@ class Connected:
 
     def line(self) -> str:
         """Return the event as a sentence."""
-        spool = f" {self.waiting_units} finished units wait on this disk." if self.waiting_units else ""
+        spool = f" {_waiting(self.waiting_units)} on this disk." if self.waiting_units else ""
         return f'Connected to run "{self.name}" ({self.run[:12]}) at {self.host} as device {self.device[:12]}.{spool}'
 
 
@@ -101,7 +106,20 @@ class Ready:
 
     def line(self) -> str:
         """Return the event as a sentence."""
-        return f"Ready to train on {self.device} with {self.threads} CPU threads."
+        return f"Ready to train on {self.device} with {counted(self.threads, 'CPU thread')}."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """The run's text encoders are being loaded."""
+
+    NAME: ClassVar[str] = "loading"
+    networks: tuple[str, ...]
+    folder: str
+
+    def line(self) -> str:
+        """Return the event as a sentence."""
+        return f"Loading {', '.join(self.networks)} from {self.folder}."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +235,7 @@ class Claimed:
 
     def line(self) -> str:
         """Return the event as a sentence."""
-        return f"Claim {self.claim[:12]} is receipted."
+        return f"Unit {self.unit[:12]} is claimed; the receipt is here."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +250,7 @@ class Sending:
 
     def line(self) -> str:
         """Return the event as a sentence."""
-        return f"Sent {readable_bytes(self.sent)} of {readable_bytes(self.size)} of claim {self.claim[:12]}."
+        return f"Sent {readable_bytes(self.sent)} of {readable_bytes(self.size)} of unit {self.unit[:12]}."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +265,7 @@ class Uploaded:
 
     def line(self) -> str:
         """Return the event as a sentence."""
-        return f"Claim {self.claim[:12]} is delivered: {readable_bytes(self.bytes)} in {self.seconds:.1f} s."
+        return f"Unit {self.unit[:12]} is delivered: {readable_bytes(self.bytes)} in {self.seconds:.1f} s."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +275,8 @@ class VerdictCame:
     NAME: ClassVar[str] = "verdict"
     claim: str
     unit: str
+    round: int | None
+    index: int | None
     outcome: str
     code: str
     sentence: str
@@ -265,7 +285,10 @@ class VerdictCame:
 
     def line(self) -> str:
         """Return the event as a sentence."""
-        return f"Claim {self.claim[:12]} was {self.outcome}: {self.sentence} [{self.code}]"
+        unit = f"Round {self.round}, unit {self.index} ({self.unit[:12]})"
+        if self.round is None:
+            unit = f"Unit {self.unit[:12]}"
+        return f"{unit} was {self.outcome}: {self.sentence} [{self.code}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,7 +336,7 @@ class Refused:
 
     def line(self) -> str:
         """Return the event as a sentence."""
-        return f"Claim {self.claim[:12]} was refused: {self.sentence} [{self.code}] It is kept in spool/refused."
+        return f"Unit {self.unit[:12]} was refused: {self.sentence} [{self.code}] It is kept in spool/refused."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,12 +369,12 @@ class Finished:
     def line(self) -> str:
         """Return the event as a sentence."""
         spool = (
-            f" {self.waiting_units} finished units wait on this disk and are sent at the next start."
-            if self.waiting_units
-            else ""
+            f" {_waiting(self.waiting_units)} on this disk, to be sent at the next start." if self.waiting_units else ""
         )
+        verdicts = counted(self.accepted + self.rejected, "verdict")
+        told = f" ({self.accepted} accepted, {self.rejected} rejected)" if self.accepted + self.rejected else ""
         return (
-            f"{self.reason} {self.units} units trained, {self.accepted} accepted so far, "
+            f"{self.reason} {counted(self.units, 'unit')} trained, {verdicts} heard{told}, "
             f"{readable_bytes(self.bytes_up)} up, {readable_bytes(self.bytes_down)} down.{spool}"
         )
 
@@ -370,9 +393,8 @@ class Failed:
 
 
 EVENTS: Final[tuple[type[Event], ...]] = (
-    Connected, Ready, Planned, Leased, Downloaded, TakenDown, Step, Trained, Claimed, Sending, Uploaded, VerdictCame,
-    Waiting,
-    HandedBack, Refused, Stopping, Finished, Failed,
+    Connected, Ready, Loading, Planned, Leased, Downloaded, TakenDown, Step, Trained, Claimed, Sending, Uploaded,
+    VerdictCame, Waiting, HandedBack, Refused, Stopping, Finished, Failed,
 )  # fmt: skip
 """Every event, in the order of the table above."""
 
@@ -380,6 +402,10 @@ EVENTS: Final[tuple[type[Event], ...]] = (
 def to_json(event: Event) -> dict[str, Any]:
     """Return the object that `--json` writes."""
     return {"event": event.NAME, **dataclasses.asdict(event)}
+
+
+def _waiting(units: int) -> str:
+    return f"{counted(units, 'finished unit')} {'waits' if units == 1 else 'wait'}"
 
 
 def readable_bytes(count: int) -> str:

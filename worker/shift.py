@@ -6,6 +6,7 @@ from typing import Final
 
 from protocol.documents import RunConfig
 from protocol.errors import CommonweightError, OwnerBanned, RunFinished
+from verify.hearing import heard_by_trainers
 from worker.client import CoordinatorClient
 from worker.delivery import Delivery
 from worker.fetching import Fetching
@@ -118,6 +119,9 @@ class Shift:
             group.create_task(self._prepare(), name="prepare")
             await self._delivery.start(group)
             polling = group.create_task(self._verdicts.run(), name="verdicts")
+            if heard_by_trainers(self._config):
+                # Loading them takes long and may fail: a lease begins afterwards.
+                await self._stop.before_asked(self._torch_ready.wait())
             ending = await self._producer.run()
             finished = ending.code == RunFinished.code
             await self._delivery.drained(FAREWELL_SECONDS if finished else None)

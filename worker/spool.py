@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from protocol.canonical import canonical_json, parse_json
-from protocol.documents import Claim, Digest, LeaseId, Verdict, parse_payload
+from protocol.documents import Claim, Digest, Lease, LeaseId, Verdict, parse_payload
 from protocol.envelope import parse_envelope
 from protocol.errors import DiskFull, LocalProblem, PayloadInvalid, Refusal
 from protocol.layout import ROLE_DELTA
@@ -74,6 +74,14 @@ class SpoolEntry:
         try:
             return (self.directory / name).read_bytes()
         except FileNotFoundError:
+            return None
+
+    def lease(self) -> Lease | None:
+        """Return the lease, which says which unit of which round this is; None if it is damaged or gone."""
+        try:
+            raw = self.document(LEASE)
+            return None if raw is None else parse_payload(Lease, parse_envelope(raw).payload)
+        except (OSError, Refusal):
             return None
 
 

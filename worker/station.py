@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 from protocol.documents import RunConfig
 from protocol.errors import TryLater, Unreachable
 from protocol.join import JoinString
+from verify.hearing import heard_by_trainers
 from worker.backoff import Backoff
 from worker.cache import FileCache
 from worker.calling import Caller
@@ -27,7 +28,7 @@ from worker.line import BreakOff
 from worker.link import Link
 from worker.machine import Machine
 from worker.patience import Patience
-from worker.progress import Event, Ready, Stopping
+from worker.progress import Event, Loading, Ready, Stopping
 from worker.reporters import Reporter
 from worker.stop import Stop, StopLevel
 from worker.threads import OneThread
@@ -148,6 +149,10 @@ async def make_ready(
             seconds=time.monotonic() - started,
         )
     )
+    heard = heard_by_trainers(config)
+    if heard:
+        names = tuple(encoder.name for encoder in heard)
+        reporter.report(Loading(networks=names, folder=str(networks)))
     reporter.report(await training.run(plan_for, config, networks, machine.device))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from commonweight.locate import checkpoint_directory, public_directory, run_id
-from protocol.printing import printable
+from protocol.printing import counted, printable
 from worker.durable import trouble_with
 
 if TYPE_CHECKING:  # torch is loaded only once a rebuild really begins
@@ -103,21 +103,21 @@ def rebuild(
 
 def _show_rebuilt(report: "RebuildReport", start: int) -> None:
     typer.echo(
-        f"Checkpoint {report.checkpoint} follows from {report.deltas} deltas, byte for byte: "
+        f"Checkpoint {report.checkpoint} follows from {counted(report.deltas, 'delta')}, byte for byte: "
         f"weights SHA-256 {report.weights_sha256}" + (f" (taking checkpoint {start} as published)" if start else "")
     )
 
 
 def _show_round(rebuilt: "RebuiltRound") -> None:
     typer.echo(
-        f"checkpoint {rebuilt.checkpoint} of {rebuilt.last}: {rebuilt.deltas} deltas merged again, "
+        f"checkpoint {rebuilt.checkpoint} of {rebuilt.last}: {counted(rebuilt.deltas, 'delta')} merged again, "
         f"weights {rebuilt.weights_sha256[:16]} as published"
     )
 
 
 def _show_what_if(rebuilt: "RebuiltRound") -> None:
     typer.echo(
-        f"checkpoint {rebuilt.checkpoint} of {rebuilt.last}: {rebuilt.deltas} deltas, weights "
+        f"checkpoint {rebuilt.checkpoint} of {rebuilt.last}: {counted(rebuilt.deltas, 'delta')}, weights "
         f"{rebuilt.weights_sha256[:16]} (what if; not published)"
     )
 

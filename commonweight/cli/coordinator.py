@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -15,14 +15,14 @@ import typer
 
 from commonweight.cli.networks import Components, networks_in
 from commonweight.cli.takedown import takedown
-from protocol.errors import DirectoryNotEmpty, UsageError
-from protocol.printing import printable
+from protocol.errors import DirectoryNotEmpty, NetworksMissing, UsageError
+from protocol.printing import counted, printable
 
 if TYPE_CHECKING:
     from commonweight.data.dataset import Dataset
     from coordinator.directory import RunDirectory, RunIdentity
     from coordinator.settings import Settings
-    from protocol.documents import DataSet
+    from protocol.documents import DataSet, RunConfig
 
 HELDOUT: Final = "heldout.safetensors"
 _HEX_SEED: Final = 64
@@ -107,7 +107,9 @@ def init(
         typer.echo(f"{run.settings_file} {what}; edit it, then: commonweight coordinator init {directory}{more}")
         return
     key_file = (root_key or run.root.with_name(f"{run.root.name}-root.pem")).absolute()
-    with _shards(data, shards, dataset) as (training, heldout):
+    # Beside DIR, wherever DIR is to be; a place that somebody names must be there.
+    place = _folder_made(key_file.parent) if root_key is None else nullcontext()
+    with _shards(data, shards, dataset) as (training, heldout), place:
         identity = found(
             run,
             chosen,
@@ -174,6 +176,8 @@ def serve(
         return [*start, *keys, "--home", str(run.auditor_home), *threads, *heard]
 
     wanted = auditor and run.config().verification.mode == "replay" and run.auditor_key.exists()
+    if wanted:
+        _check_auditor_s_networks(run.config(), networks)
     return serve_run(run, auditor=command if wanted else None)
 
 
@@ -253,6 +257,22 @@ def renew(
     typer.echo(f"the coordinator key may act until {until}; move {root_key} off this machine again")
 
 
+def _check_auditor_s_networks(config: "RunConfig", networks: Path | None) -> None:
+    """Refuse what the run's own auditor would refuse, over and over, in a log that nobody reads."""
+    from verify.hearing import heard_by_trainers
+
+    if not heard_by_trainers(config):
+        return  # torch takes seconds to load
+    from verify.networks import check_networks
+
+    try:
+        check_networks(config, networks)
+    except NetworksMissing as error:
+        raise NetworksMissing(
+            f"{error.message} This is about the run's own auditor; with --no-auditor, none is started here."
+        ) from None
+
+
 def _calibrated(path: Path | None) -> list[str]:
     """Return the settings that a calibration brings."""
     if path is None:
@@ -326,6 +346,20 @@ def _shards(data: str, count: int, dataset: "Dataset | None") -> "Iterator[tuple
     yield sorted(path for path in folder_given.glob("*.safetensors") if path != heldout), heldout
 
 
+@contextmanager
+def _folder_made(folder: Path) -> Iterator[None]:
+    """Make a folder if it is not there; take it away again, as long as it is empty, if what follows fails."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
 def _show_new_run(
     given: Path, run: "RunDirectory", identity: "RunIdentity", settings: "Settings", key_file: Path
 ) -> None:
@@ -364,4 +398,5 @@ def _show_new_run(
 def _show_data(data: "DataSet") -> str:
     samples = sum(shard.samples for shard in data.shards)
     curated = "" if data.curator is None else f", signed by the curator {data.curator}"
-    return f"{data.name}, {samples:,} samples in {len(data.shards)} shards, {data.heldout.samples:,} held out{curated}"
+    told = f"{samples:,} samples in {counted(len(data.shards), 'shard')}, {data.heldout.samples:,} held out"
+    return f"{data.name}, {told}{curated}"

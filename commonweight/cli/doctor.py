@@ -1,6 +1,8 @@
 """`commonweight worker doctor`: what this machine can train."""
 
+import math
 import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from worker.plan import Room
 
 _GB = 1e9
+_MOST_GB = 1e6
+_WIDTH = 79
 _HEADINGS = {"plain": "plain", "recomputed": "recomputed", "narrow": "narrow", "host": "offloaded"}
 _MEANINGS = {
     "plain": "everything on the device, the quickest",
@@ -22,10 +26,15 @@ _MEANINGS = {
     "narrow": "besides, gradients stay in the run's precision, and each tensor is updated by itself",
     "host": "besides, weights, gradients and moments are in main memory, and updated there",
 }
-_PARTS = """
-The last column is the main memory that the last way takes. A run's batch may be larger: it passes in parts, whose
-gradients add up in fp32, which takes up to 6 bytes a parameter more, but none on the card if offloaded. A worker takes
-the quickest way that fits and says so; the result is the same but for rounding."""
+_SHORT = (
+    '"16.5 short" says that not even one fits: that would take 16.5 GB more of the device\'s memory. "RAM short" says '
+    "that there is too little main memory for one."
+)
+_PARTS = (
+    "RAM is the main memory that the last way takes. A run's batch may be larger: it passes in parts, whose gradients "
+    "add up in fp32, which takes up to 6 bytes a parameter more, but none on the card if offloaded. A worker takes the "
+    "quickest way that fits and says so; the result is the same but for rounding."
+)
 _LARGEST_PIXELS = 768
 _PIXELS_STEP = 16
 
@@ -35,8 +44,12 @@ def doctor(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="What to train on; auto takes a CUDA GPU if there is one.")
     ] = "auto",
-    memory: Annotated[float | None, typer.Option(help="Ask for a card with so many GB instead.", min=0.1)] = None,
-    ram: Annotated[float | None, typer.Option(help="Ask for so many GB of main memory instead.", min=0.1)] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Ask for a card with so many GB instead.", min=0.1, max=_MOST_GB)
+    ] = None,
+    ram: Annotated[
+        float | None, typer.Option(help="Ask for so many GB of main memory instead.", min=0.1, max=_MOST_GB)
+    ] = None,
     pixels: Annotated[int, typer.Option(help="Side of the pictures of models that paint in latents.", min=16)] = 512,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="The run's training.precision.")] = "bf16",
     optimizer: Annotated[
@@ -50,6 +63,9 @@ def doctor(
 
     if pixels > _LARGEST_PIXELS or pixels % _PIXELS_STEP:
         raise UsageError(f"--pixels is {pixels}; it must be a multiple of {_PIXELS_STEP}, up to {_LARGEST_PIXELS}.")
+    for option, value in (("--memory", memory), ("--ram", ram)):
+        if value is not None and math.isnan(value):
+            raise UsageError(f"{option} is {value}; it must be a number of GB.")
     name, room = _room(device, memory, ram)
     place = (home or default_home()).absolute()
     disk = _free_disk(place)
@@ -63,12 +79,19 @@ def doctor(
         return
     typer.echo(f"Device: {name}, {room.device / _GB:.1f} GB for training.")
     typer.echo(f"Main memory: {room.host / _GB:.1f} GB free. Disk: {disk / _GB:.1f} GB free in {place}.\n")
-    typer.echo(f"Samples that may pass at once, in {precision} with {optimizer}, or the GB that are missing for one:\n")
-    typer.echo(_line("model", "pixels", "weights", [_HEADINGS[way] for way in ways(room.kind)], "main memory"))
+    typer.echo(f"Samples that may pass at once, in {precision} with {optimizer}.")
+    typer.echo(_filled(_SHORT) + "\n")
+    typer.echo(_line("model", "pixels", "weights", [_HEADINGS[way] for way in ways(room.kind)], "RAM"))
     for diagnosis in found:
         typer.echo(_row(diagnosis))
-    typer.echo("\n" + "\n".join(f"{_HEADINGS[way]:<11} {_MEANINGS[way]}" for way in ways(room.kind)))
-    typer.echo(_PARTS)
+    typer.echo("")
+    for way in ways(room.kind):
+        typer.echo(textwrap.fill(f"{_HEADINGS[way]:<11} {_MEANINGS[way]}", _WIDTH, subsequent_indent=" " * 12))
+    typer.echo("\n" + _filled(_PARTS))
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, break_on_hyphens=False)
 
 
 def _room(device: Literal["auto", "cpu", "cuda"], memory: float | None, ram: float | None) -> "tuple[str, Room]":
@@ -104,14 +127,15 @@ def _row(diagnosis: "Diagnosis") -> str:
 
 
 def _line(model: str, pixels: str, weights: str, cells: "Sequence[str]", host: str) -> str:
-    return f"{model:<9} {pixels:>6} {weights:>8}" + "".join(f" {cell:>13}" for cell in cells) + f" {host:>12}"
+    return f"{model:<8} {pixels:>6} {weights:>8}" + "".join(f" {cell:>10}" for cell in cells) + f" {host:>8}"
 
 
 def _cell(fit: "Fit") -> str:
     if fit.samples:
         from worker.doctor import LARGEST_BATCH
 
-        return f"{fit.samples}" + (" or more" if fit.samples >= LARGEST_BATCH else "")
+        return f"{fit.samples}" + ("+" if fit.samples >= LARGEST_BATCH else "")
     if fit.device_short:
-        return f"-{max(fit.device_short, 1e7) / _GB:.2f} GB"
-    return f"-{max(fit.host_short, 1e7) / _GB:.2f} GB RAM"
+        short = max(fit.device_short, 1e8) / _GB
+        return f"{short:.1f} short" if short < 100 else f"{short:.0f} short"
+    return "RAM short"

@@ -19,7 +19,8 @@ def networks_in(components: str | None) -> Path | None:
     """Return the folder of the networks; fetch it if a model hub has it. None if none is named.
 
     Raises:
-        UsageError: it is neither a folder nor what a hub has.
+        UsageError: it is neither a folder nor the name of something on a hub.
+        LocalProblem: the hub can't be reached, or does not have it.
     """
     if components is None:
         return None

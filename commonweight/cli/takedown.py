@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from protocol.errors import ConsentNeeded, TakedownRefused, UsageError
-from protocol.printing import printable
+from protocol.printing import counted, printable
 
 if TYPE_CHECKING:
     from coordinator.directory import RunDirectory
@@ -147,13 +147,13 @@ def _confirm(count: int, *, yes: bool) -> None:
 
 
 def _report(count: int, start: "Start") -> Sequence[str]:
-    these = "1 picture" if count == 1 else f"{count:,} pictures"
+    these, them = counted(count, "picture"), "it" if count == 1 else "them"
     first, last = start.earliest, start.latest
     since = f"round {last}"
     if first < last:
         since = f"round {first}, or of round {last} if checkpoint {first - 1} was being made by then,"
     return [
-        f"{these} taken down: units of {since} and later leave them out, and anybody can check it",
+        f"{these} taken down: units of {since} and later leave {them} out, and anybody can check it",
         "The list and the reason are public once the next checkpoint is: takedowns.json beside run.json.",
         "What this does not do: units of the round before may still train on them, what was learnt stays in the",
         "weights, and the shards' bytes, the pictures in them, stay published under their digests for replays.",

@@ -217,13 +217,21 @@ def _judged(
     device: str,
     threads: int | None,
 ) -> "tuple[Found, Replay]":
+    from verify.hearing import heard_by_trainers, refuse_unnamed
     from worker import referee
     from worker.hardware import resolve_device, resolve_threads
     from worker.trainer import prepare
 
+    config = trust.config
+    refuse_unnamed(config, named=materials.networks is not None)
+    typer.echo("starting torch")
     target = resolve_device("cpu" if device == "cpu" else "cuda" if device == "cuda" else "auto")
     prepare(target, resolve_threads(threads))
-    config = trust.config
+    if heard := heard_by_trainers(config):
+        from verify.networks import encode_for
+
+        typer.echo(printable(f"loading {', '.join(one.name for one in heard)} from {materials.networks}"))
+        encode_for(config, materials.networks, target)  # kept, so that the time below is of the unit alone
     own = referee.replay(config, place.round, place.unit, materials, device=target, on_step=_show_step)
     return referee.judge_file(config, place.unit, evidence.claimed, evidence.path, own), own
 

@@ -108,6 +108,16 @@ def test_a_wrong_command_is_one_sentence_with_its_code(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_may_be_made_in_a_folder_that_is_not_there_yet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "all/runs/digits"
+    code, error = refused(capsys, "coordinator", "init", place, "--shards", "1")
+    assert (code, list(tmp_path.iterdir())) == (2, []), error
+    assert "in 8 shards" in ok(capsys, "coordinator", "init", place)
+    assert PrivateKey.load(tmp_path / "all/runs/digits-root.pem").public == RunDirectory(place).identity().root_public
+
+
 def test_a_second_init_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ok(capsys, "coordinator", "init", tmp_path / "run")
     before = RunDirectory(tmp_path / "run").identity().run

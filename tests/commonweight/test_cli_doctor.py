@@ -31,9 +31,13 @@ def test_another_card_is_asked_for_by_its_memory(tmp_path: Path) -> None:
     output = doctor(tmp_path, "--memory", "12", "--ram", "32")
     assert "Device: a card with 12 GB" in output
     d18 = row(output, "d18")
-    assert d18[4].startswith("-")  # on the card alone
+    short, short_of = float(d18[4]), d18[5]
+    assert 0 < short < 12  # on the card alone
+    assert short_of == "short"
     assert int(d18[-3]) >= 1  # offloaded
-    assert row(output, "d24")[-3] == "RAM"  # that would take more main memory than there is
+    assert row(output, "d24")[-4:-2] == ["RAM", "short"]  # that would take more main memory than there is
+    table = output[output.index("Samples that") :].splitlines()
+    assert all(len(line) < 80 for line in table)
     assert int(row(doctor(tmp_path, "--memory", "24", "--ram", "64"), "d24")[-3]) >= 1
 
 
@@ -45,6 +49,14 @@ def test_a_program_gets_the_machine_and_each_model_as_objects(tmp_path: Path) ->
     d24 = next(model for model in models if model["model"] == "d24")
     assert d24["fits"]["narrow"]["samples"] >= 1
     assert d24["pixels"] == 512
+
+
+@pytest.mark.parametrize("option", ["--memory", "--ram"])
+@pytest.mark.parametrize("number", ["inf", "1e300", "nan", "0", "-1"])
+def test_memory_that_no_machine_has_is_refused(option: str, number: str) -> None:
+    result = CliRunner().invoke(app, ["worker", "doctor", option, number])
+    assert result.exit_code != 0
+    assert not isinstance(result.exception, (OverflowError, ValueError))
 
 
 @pytest.mark.parametrize("pixels", ["500", "1024"])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,30 @@ def test_a_reader_who_leaves_early_is_no_mistake(published: PublishedRun) -> Non
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("arguments", [["models"], []])
+def test_ctrl_c_while_the_command_is_being_imported_ends_it_without_a_traceback(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from commonweight.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT_DIRECTORY)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (main.INTERRUPTED, "", "")
+
+
+def test_the_installed_command_begins_where_ctrl_c_is_caught() -> None:
+    project = tomllib.loads((ROOT_DIRECTORY / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"commonweight": "commonweight.__main__:main"}
 
 
 def _parts(command: Any) -> Iterator[str]:

@@ -29,7 +29,7 @@ def test_a_picture_is_shown_and_taken_down_by_its_number(run: RunDirectory, caps
 
     shown = ok(capsys, *place, "--yes")
     assert f'shard {shard[:12]}, sample 5: "{caption}"' in shown
-    assert "1 picture taken down: units of round 2 and later leave them out" in shown
+    assert "1 picture taken down: units of round 2 and later leave it out" in shown
     for said in ("what was learnt stays in the", "stay published under their digests"):
         assert said in shown
     (asked,) = read_asked(run.takedowns)

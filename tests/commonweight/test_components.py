@@ -26,7 +26,7 @@ from mmdit.encoders import EncodersConfig, Padding
 from mmdit.half_weights import HalfLinear, halve
 from mmdit.network_files import ComponentsMissing, folder_digest
 from mmdit.presets import PRESETS
-from protocol.errors import UsageError
+from protocol.errors import CommonweightError, LocalProblem, UsageError
 
 SHAPE = PRESETS["rgb32"]
 CAPTIONS = ("a red circle", "two blue squares", "")
@@ -219,14 +219,16 @@ def test_the_autoencoder_of_latent_models_is_eight_times_smaller_and_follows_its
 
 
 @pytest.mark.parametrize(
-    ("place", "sentence"),
+    ("place", "kind", "sentence"),
     [
-        ("/no/such/folder", "there is no such folder"),
-        ("a b/c", "nor is it OWNER/NAME"),
-        ("somebody/no-such-repository", "can't be fetched"),
+        ("/no/such/folder", UsageError, "there is no such folder"),
+        ("a b/c", UsageError, "nor is it OWNER/NAME"),
+        ("somebody/no-such-repository", LocalProblem, "can't be fetched"),
     ],
 )
-def test_a_place_without_networks_is_refused(place: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_without_networks_is_refused(
+    place: str, kind: type[CommonweightError], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(kind, match=sentence):
         find_components(place)

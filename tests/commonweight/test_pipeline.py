@@ -28,7 +28,7 @@ from mmdit.presets import PRESETS
 from protocol import layout
 from protocol.assignment import unit_id, unit_shards
 from protocol.documents import digest_of
-from protocol.errors import ConfigInvalid, DirectoryNotEmpty, UsageError
+from protocol.errors import ConfigInvalid, DirectoryNotEmpty, NetworksMissing, UsageError
 from verify.replay import model_config, shard_set, unit_spec_of
 
 pytestmark = pytest.mark.slow
@@ -325,3 +325,18 @@ def test_tiny_networks_are_written_by_a_command_and_never_over_something_else(tm
     assert encoders_in(tmp_path / "networks") == ("clip_l", "clip_g", "t5")
     done = CliRunner().invoke(app, ["data", "tiny-networks", "-o", str(tmp_path / "networks"), "--preset", "digits"])
     assert isinstance(done.exception, DirectoryNotEmpty)
+
+
+def test_a_run_whose_own_auditor_could_not_hear_captions_is_not_served(captions_only: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command("coordinator", "init", run, "--data", captions_only, "--set", "rounds.shards_per_unit=1")
+    write_tiny_components(tmp_path / "others", PRESETS["rgb16"], seed=2)
+    for named, sentence in (
+        ((), "runs its text encoders, clip_l, clip_g, t5"),
+        (("--components", str(tmp_path / "others")), "it is another network"),
+    ):
+        done = CliRunner().invoke(app, ["coordinator", "serve", str(run), *named])
+        assert isinstance(done.exception, NetworksMissing)
+        assert sentence in str(done.exception)
+        assert "--no-auditor" in str(done.exception)
+        assert not (run / "serving.json").exists()

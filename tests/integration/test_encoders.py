@@ -78,6 +78,9 @@ def test_volunteers_hear_captions_themselves_and_auditors_hear_the_same(
         public = run.directory.public
         run.await_checkpoint(4, 240)
         assert worker.wait() == 0, worker.errors.read_text()
+        told_of = [event["event"] for event in worker.events()]
+        assert told_of.index("loading") < told_of.index("lease"), "no lease runs while networks load"
+        assert worker.events("loading")[0]["networks"] == ["clip_l", "clip_g", "t5"]
         until(lambda: len([1 for kind, _ in read_entries(public) if kind == "opinion"]) >= 4, 60, "opinions")
     opinions = [body for kind, body in read_entries(public) if kind == "opinion"]
     assert {body["finding"] for body in opinions} == {"confirmed"}
@@ -99,7 +102,9 @@ def test_volunteers_hear_captions_themselves_and_auditors_hear_the_same(
     told("checkpoint", "rebuild", run.directory.root)
     place = ("--public", public, "--device", "cpu", "--threads", 1)
     for unit in ("1/0", "3/0"):
-        assert "confirmed" in told("verify", "replay", unit, *place, *heard)
+        said = told("verify", "replay", unit, *place, *heard)
+        assert f"loading clip_l, clip_g, t5 from {networks}" in said
+        assert "confirmed" in said
     refused = told("verify", "replay", "1/0", *place, code=1)
     assert "NETWORKS_MISSING" in refused
     assert "--components" in refused
@@ -109,7 +114,7 @@ def test_without_the_run_s_own_encoders_nobody_works(folder: Path, data: Path, t
     others = tmp_path / "others"
     write_tiny_components(others, PRESETS["rgb16"], seed=2)
     with LiveRun(folder, STAGED, data=data) as run:
-        run.start()
+        run.start("--no-auditor")
         for name, more, words in (
             ("nothing", (), "runs its text encoders, clip_l, clip_g, t5"),
             ("others", ("--components", str(others)), "it is another network"),
@@ -118,3 +123,4 @@ def test_without_the_run_s_own_encoders_nobody_works(folder: Path, data: Path, t
                 assert worker.wait() != 0
                 assert words in worker.await_event("failed")["sentence"]
                 assert worker.events("failed")[0]["code"] == "NETWORKS_MISSING"
+                assert not worker.events("lease"), "nothing was leased that could not be trained"

@@ -15,6 +15,7 @@ from protocol.errors import (
     ConsentNeeded,
     DirectoryInUse,
     EndpointUntrusted,
+    NetworksMissing,
     NumericsMismatch,
     Unreachable,
 )
@@ -45,6 +46,8 @@ def test_a_worker_trains_the_run_to_its_end_and_keeps_the_receipts(tmp_path: Pat
     assert recorder.names()[-1] == "finished"
     assert recorder.named("finished")[0]["accepted"] == 2
     assert recorder.named("verdict")[0]["checkpoint"] == 1
+    leased = {event["unit"]: (event["round"], event["index"]) for event in recorder.named("lease")}
+    assert {event["unit"]: (event["round"], event["index"]) for event in recorder.named("verdict")} == leased
     assert recorder.named("uploaded")[0]["bytes"] == len(run.received()[0].stored)
     settled = spooled(home, "settled")
     assert [path.name for path in settled] == sorted(attempt.claim_sha256 for attempt in run.received())
@@ -147,6 +150,22 @@ def test_nothing_is_sent_before_the_terms_are_accepted(tmp_path: Path) -> None:
             return run
 
     assert asyncio.run(scenario()).log == []
+
+
+def test_who_lacks_the_text_encoders_of_a_run_is_told_before_anything_is_asked_or_sent(tmp_path: Path) -> None:
+    async def scenario() -> SmallRun:
+        small = SmallRun(tmp_path / "run")
+        small.config = replace(
+            small.config,
+            conditioning={"kind": "encoders", "stored": False, "encoders": [{"name": "clip_l", "tokens": 77}]},
+        )
+        async with small as run:
+            with pytest.raises(NetworksMissing, match=r"runs its text encoders, clip_l.*--components"):
+                await work(run, tmp_path / "home", Recorder(), accept_terms=False)
+            return run
+
+    assert asyncio.run(scenario()).log == []
+    assert not (tmp_path / "home/consent").exists()
 
 
 def test_accepted_terms_are_remembered(tmp_path: Path) -> None:

@@ -34,7 +34,19 @@ from worker.hardware import device_class, resolve_device, resolve_threads
 from worker.home import WorkerHome
 from worker.identity import load_or_make_identity, read_revocation
 from worker.materials import Materials
-from worker.progress import EVENTS, FILES, Downloaded, Event, Leased, Refused, Step, Waiting
+from worker.progress import (
+    EVENTS,
+    FILES,
+    Downloaded,
+    Event,
+    Finished,
+    Leased,
+    Ready,
+    Refused,
+    Step,
+    VerdictCame,
+    Waiting,
+)
 from worker.reporters import JsonReporter, PlainReporter, TerminalReporter
 from worker.trainer import train_unit
 
@@ -186,6 +198,23 @@ def test_consent_names_the_source_of_the_data_and_how_work_is_checked(
     assert said in shown
 
 
+ENCODERS = {
+    "kind": "encoders",
+    "stored": False,
+    "encoders": [{"name": "clip_l", "tokens": 77}, {"name": "t5\x1b", "tokens": 128}],
+}
+"""As in a run config whose shards hold captions alone."""
+
+
+def test_consent_names_the_text_encoders_that_this_machine_would_run() -> None:
+    config = run_config()
+    asked = "- Your machine runs the run's text encoders besides: clip_l (77 tokens), t5? (128 tokens)."
+
+    assert asked in terms_text(dataclasses.replace(config, conditioning=ENCODERS))
+    assert "text encoders" not in terms_text(dataclasses.replace(config, conditioning={**ENCODERS, "stored": True}))
+    assert "text encoders" not in terms_text(config)
+
+
 def test_what_was_fetched_is_named_for_a_person() -> None:
     weights = "checkpoints/000003/transformer/diffusion_pytorch_model.safetensors"
     assert Downloaded(file=weights, bytes=2048, seconds=0.1).line() == (
@@ -193,6 +222,32 @@ def test_what_was_fetched_is_named_for_a_person() -> None:
     )
     shard = f"shards/{'ab' * 32}.safetensors"
     assert Downloaded(file=shard, bytes=40960, seconds=2).line() == "Fetched a shard of 40.0 KiB in 2.0 s."
+
+
+def test_a_verdict_names_the_unit_as_it_was_leased() -> None:
+    verdict = VerdictCame(
+        claim="c" * 64, unit="ab" * 32, round=1, index=0, outcome="accepted", code="MERGED", sentence="It was merged.",
+        weight=1, checkpoint=1,
+    )  # fmt: skip
+    assert verdict.line() == "Round 1, unit 0 (abababababab) was accepted: It was merged. [MERGED]"
+    gone = dataclasses.replace(verdict, round=None, index=None)
+    assert gone.line() == "Unit abababababab was accepted: It was merged. [MERGED]"
+
+
+def test_one_of_a_kind_is_not_told_as_many() -> None:
+    ready = Ready(device="cpu", threads=1, repeatable=True, reason="", seconds=1.0)
+    assert ready.line() == "Ready to train on cpu with 1 CPU thread."
+    assert dataclasses.replace(ready, threads=2).line().endswith("with 2 CPU threads.")
+    finished = Finished(
+        reason="Done.", units=1, accepted=1, rejected=0, refused=0, waiting_units=1, bytes_up=0, bytes_down=0,
+        seconds=1.0,
+    )  # fmt: skip
+    assert finished.line() == (
+        "Done. 1 unit trained, 1 verdict heard (1 accepted, 0 rejected), 0 B up, 0 B down. "
+        "1 finished unit waits on this disk, to be sent at the next start."
+    )
+    assert "4 units trained, 6 verdicts heard" in dataclasses.replace(finished, units=4, accepted=6).line()
+    assert "4 units trained, 0 verdicts heard, 0 B up" in dataclasses.replace(finished, units=4, accepted=0).line()
 
 
 def test_the_live_line_says_that_files_are_waited_for_and_nothing_is_live_before_the_first_unit() -> None:
