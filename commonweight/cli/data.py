@@ -27,6 +27,7 @@ _MIB: Final = 1 << 20
 _MOST_CAPTION: Final = 4096
 _MOST_REPORT_BYTES: Final = 16 << 20
 _SHEET: Final = 64
+_CHARACTERS: Final = ("least", "tenth", "median", "nine_tenths", "most")
 _EVERY_SECONDS: Final = 2.0
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared data set.")]
 
@@ -409,11 +410,12 @@ def _show(directory: Path, manifest: "DatasetManifest", seconds: float | None) -
     samples = sum(shard.samples for shard in manifest.shards)
     pictures, said = _pictures(samples, _report(directory))
     total = sum(shard.size for shard in manifest.shards)
+    named = "" if manifest.name == directory.resolve().name else f"{manifest.name}, "
     skipped = ", ".join(f"{reason.name} {reason.pictures}" for reason in manifest.skipped) or "none"
     looked_at = pictures + manifest.heldout.samples + sum(reason.pictures for reason in manifest.skipped)
     lines = [
         (
-            f"{directory}: {manifest.name}, {said} in "
+            f"{directory}: {named}{said} in "
             f"{_counted(len(manifest.shards), 'shard')} ({_size(total)}), {manifest.heldout.samples:,} held out"
         ),
         f"sizes: {_listed(sizes(manifest).most_common())}",
@@ -463,12 +465,12 @@ def _listed(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def _fetched(dataset: "Dataset") -> Iterator[str]:
-    """What a unit fetches with this data set, and what it would with other choices."""
+    """What a unit fetches with this data set, and with other choices; of encoders, or of latents that may want some."""
     from commonweight.data.dataset import check_shard
     from commonweight.data.fetched import choices
     from diloco.shards import Shard
     from mmdit.encoders import EncodersConfig, conditioning_from_json
-    from mmdit.space import space_from_json
+    from mmdit.space import PixelSpace, space_from_json
 
     first = dataset.manifest.shards[0]
     check_shard(dataset, first)
@@ -478,17 +480,21 @@ def _fetched(dataset: "Dataset") -> Iterator[str]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DatasetInvalid(f"The manifest describes no encoder: {error}.") from None
     own = conditioning if isinstance(conditioning, EncodersConfig) else None
+    if own is None and isinstance(space, PixelSpace):
+        return
     captions = [len(opened.caption(i) or "") for i in range(opened.n)]
     yield f"fetched for a shard of {opened.n:,} pictures: {_size(first.size)}; with other choices of text:"
     for choice in choices(space, own, sum(captions) / opened.n):
         total = choice.picture_bytes * opened.n
-        yield f"  {choice.name:<45} {_size(total):>9}, {_size(choice.picture_bytes):>9} a picture"
+        mark = " (this set)" if choice.own else ""
+        size = f"{_size(total):>9}, {_size(choice.picture_bytes):>9} a picture"
+        yield f"  {choice.name:<45} {size}  {choice.options}{mark}"
 
 
 def _suspicions(report: dict[str, object]) -> Iterator[str]:
     characters = report["caption_characters"]
     assert isinstance(characters, dict)
-    yield "caption characters: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in characters.items())
+    yield "caption characters: " + ", ".join(f"{name.replace('_', ' ')} {characters[name]}" for name in _CHARACTERS)
     for name, words in (
         ("repeated_captions", "repeated caption: {caption!r}, {pictures}"),
         ("near_duplicates", "look alike: {pictures} under {captions}, such as {keys[0]}"),

@@ -206,9 +206,14 @@ def test_inspecting_says_what_is_in_it_and_what_stands_out(prepared: Path, tmp_p
     ):
         assert words in result.output
     assert "repeated caption: 'a " in result.output
+    assert "other choices of text" not in result.output, "it has no text encoders, and paints in pixels"
+    assert f"{prepared}: 130 pictures" in result.output, "its name is that of the directory"
+    assert "caption characters: least 12, tenth 12, median 13, nine tenths 14, most 14" in result.output
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (8 * 64, 8 * 64), "pictures of 32 x 32, doubled"
-        assert sheet.getpixel((64, 64)) == sheet.getpixel((65, 65))
+        assert sheet.size == (8 * (128 + 6) + 6, 8 * (128 + 2 * 13 + 12) + 6)
+        assert len({sheet.getpixel((6 + x, 6 + y)) for x in range(4) for y in range(4)}) == 1, "32 x 32, four times"
+        below = np.asarray(sheet)[136:160, 6:134]
+        assert below.min() < 128 < below.max(), "words in a dark colour on white"
     report = json.loads((prepared / REPORT).read_bytes())
     assert report["pictures"] == 130
     assert report["caption_characters"]["most"] == len("a green square")
