@@ -9,6 +9,7 @@ from commonweight.provenance import Provenance
 from mmdit.encoders import EncodersConfig
 from mmdit.export import EMA_PATH
 from mmdit.precision import Precision
+from mmdit.space import VaeSpace
 from protocol.printing import printable
 
 _HUB_LICENCES: Final = frozenset(
@@ -44,7 +45,9 @@ def model_card(
     origin: Provenance | None,
     precision: Precision,
     *,
-    pipeline: EncodersConfig | None = None,
+    encoders: EncodersConfig | None = None,
+    autoencoder: VaeSpace | None = None,
+    whole: bool = False,
     lacking: Sequence[str] = (),
 ) -> str:
     """Return README.md of an exported directory: YAML for the hub, then the same for people, and how to load it.
@@ -52,13 +55,15 @@ def model_card(
     Args:
         origin: where the weights come from, if that is known.
         precision: of the weights.
-        pipeline: the text encoders, if they lie there too and the directory is a whole pipeline.
-        lacking: the parts that it does not have, which must be said when it is opened.
+        encoders: the text encoders, if the model hears captions through some.
+        autoencoder: of the latents, if the model paints in some.
+        whole: whether they lie there too, so that the directory is a whole pipeline.
+        lacking: the parts that a whole pipeline does not have, which must be said when it is opened.
     """
     lines = ["---", *_front_matter(origin), "---", "", *(_known(origin) if origin else _unknown()), ""]
     lines += ["## How to use it", ""]
-    if pipeline is not None:
-        lines += [*_pipeline(pipeline, precision, lacking), ""]
+    if whole and encoders is not None:
+        lines += [*_pipeline(encoders, precision, lacking), ""]
     lines += [
         "The transformer, in diffusers' layout:",
         "",
@@ -66,15 +71,13 @@ def model_card(
         "import torch",
         "from diffusers import SD3Transformer2DModel",
         "",
-        f'model = SD3Transformer2DModel.from_pretrained(".", subfolder="transformer", torch_dtype={_TORCH[precision]})',
+        f'model = SD3Transformer2DModel.from_pretrained(".", subfolder="transformer", dtype={_TORCH[precision]})',
         "```",
         "",
-        "`commonweight.json` says how captions and pictures become numbers; Commonweight draws with all of it:",
-        "",
-        "```sh",
-        'commonweight sample . "a caption" -o picture.png',
-        "```",
+        *_own_sampler(networks=bool(encoders or autoencoder) and not whole),
     ]
+    if encoders is not None or autoencoder is not None:
+        lines += ["", *_networks(encoders, autoencoder, whole=whole)]
     if origin is not None:
         lines += ["", *_shards(origin)]
     return "\n".join(lines) + "\n"
@@ -89,9 +92,36 @@ def _pipeline(encoders: EncodersConfig, precision: Precision, lacking: Sequence[
     yield "from diffusers import StableDiffusion3Pipeline"
     yield ""
     without = "".join(f"{part}=None, " for part in lacking)
-    yield f'pipeline = StableDiffusion3Pipeline.from_pretrained(".", {without}torch_dtype={_TORCH[precision]})'
+    yield f'pipeline = StableDiffusion3Pipeline.from_pretrained(".", {without}dtype={_TORCH[precision]})'
     yield f'pipeline("a caption"{"".join(f", max_sequence_length={tokens}" for tokens in t5)}).images[0]'
     yield "```"
+
+
+def _own_sampler(*, networks: bool) -> Iterator[str]:
+    yield "`commonweight.json` says how captions and pictures become numbers; Commonweight draws with all of it:"
+    yield ""
+    yield "```sh"
+    yield f'commonweight sample . "a caption" -o picture.png{" --components FOLDER" if networks else ""}'
+    yield "```"
+    if networks:
+        yield ""
+        yield "FOLDER holds the networks that are named below, as `StableDiffusion3Pipeline` has them."
+
+
+def _networks(encoders: EncodersConfig | None, autoencoder: VaeSpace | None, *, whole: bool) -> Iterator[str]:
+    """Say whose the frozen networks are, and which: by the digests that the run goes by."""
+    yield "## Networks of others"
+    yield ""
+    yield "The model was trained with these, which the run did not make: they are others' work, with licences of their"
+    yield f"own. {'They are here as they were, so' if whole else 'They are not here:'} look where they were published."
+    yield ""
+    for encoder in () if encoders is None else encoders.encoders:
+        yield f"- Text encoder `{encoder.name}`, SHA-256 of its files `{encoder.sha256}`"
+    if autoencoder is not None:
+        yield f"- Autoencoder, SHA-256 of its files `{autoencoder.sha256}`"
+    elif whole:
+        yield ""
+        yield "The autoencoder in `vae` is none of them: it hands pixels through, and Commonweight has made it."
 
 
 def _front_matter(origin: Provenance | None) -> Iterator[str]:

@@ -8,6 +8,7 @@ through. All numbers follow from a seed.
 
 import hashlib
 import math
+import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ def write_tiny_components(directory: Path, shape: MMDiTConfig, *, seed: int) -> 
             _hands_through(shape.in_channels) if shape.in_channels in (1, 3) else untrained_vae(shape.in_channels, seed)
         )
         vae.save_pretrained(directory / VAE_FOLDER)
+    _open_as_the_umask_says(directory)
 
 
 def write_identity_vae(directory: Path, channels: int) -> None:
@@ -69,6 +71,13 @@ def write_identity_vae(directory: Path, channels: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _hands_through(channels).save_pretrained(directory)
+    _open_as_the_umask_says(directory)
+
+
+def _open_as_the_umask_says(directory: Path) -> None:
+    """Let whoever may read a network's description read its weights: safetensors makes files for their owner alone."""
+    for path in directory.rglob("*.safetensors"):
+        path.chmod(stat.S_IMODE((path.parent / "config.json").stat().st_mode))
 
 
 def _write_clip(directory: Path, name: EncoderName, hidden: int, projection: int, seed: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from protocol.errors import DatasetInvalid, DirectoryNotEmpty, UsageError
+from protocol.errors import DatasetInvalid, DirectoryNotEmpty, ShardCorrupt, UsageError
 from protocol.printing import printable
 
 if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
@@ -27,6 +27,7 @@ _MIB: Final = 1 << 20
 _MOST_CAPTION: Final = 4096
 _MOST_REPORT_BYTES: Final = 16 << 20
 _SHEET: Final = 64
+_CHARACTERS: Final = ("least", "tenth", "median", "nine_tenths", "most")
 _EVERY_SECONDS: Final = 2.0
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared data set.")]
 
@@ -132,8 +133,13 @@ def prepare(
     ] = 1.0,
     shard_mib: Annotated[float, typer.Option(min=0.01, max=1024, help="About the size of a shard, in MiB.")] = 256.0,
     heldout: Annotated[
-        int, typer.Option(min=1, max=65_536, help="Pictures kept for validation; nobody trains on them.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            min=1,
+            max=65_536,
+            help="Pictures kept for validation, which nobody trains on; default: a tenth of them, at most 512.",
+        ),
+    ] = None,
     least_in_bucket: Annotated[
         int, typer.Option(min=1, help="With --aspect: sizes that fewer pictures have are given up.")
     ] = 256,
@@ -154,7 +160,8 @@ def prepare(
     """Make a data set: decode, skip what can't be used, cut to size, shuffle, encode, and sign a manifest.
 
     Interrupted, the same command goes on where it stopped. The same source, settings and seed give the same bytes. What
-    is skipped, and why, stands in skipped.jsonl; what a curator should look at before publishing, in report.json.
+    is skipped, and why, stands in skipped.jsonl; what a curator should look at before publishing, in report.json; where
+    each picture lies, for `data find`, in pictures.jsonl, which is not to be published.
     """
     from commonweight.components_place import find_components, said_as_usage
     from commonweight.data.chosen import AskedText, conditioning_for, encoder_for, space_for
@@ -239,20 +246,16 @@ def inspect(
     ] = None,
 ) -> None:
     """Say what is in a data set: pictures, sizes, licences, captions, bytes of a unit, and what looks suspicious."""
-    import json
-
     from commonweight.data.dataset import open_dataset
     from commonweight.data.layout import REPORT
-    from verify.plain_files import read_plain
 
     dataset = open_dataset(directory)
     _show(directory, dataset.manifest, None)
     typer.echo(f"curator: {dataset.curator.hex}; root {dataset.manifest.root}")
-    report = directory / REPORT
-    if report.is_file():
+    if (directory / REPORT).is_file():
         try:
-            lines = list(_suspicions(json.loads(read_plain(report, _MOST_REPORT_BYTES))))
-        except (OSError, ValueError, TypeError, KeyError, IndexError, AssertionError, AttributeError):
+            lines = list(_suspicions(_report(directory)))
+        except (TypeError, KeyError, IndexError, AssertionError, AttributeError, ValueError):
             lines = [f"{REPORT} can't be read"]  # nobody has signed for it
         for line in lines:
             typer.echo(printable(line))
@@ -261,6 +264,48 @@ def inspect(
     if sheet is not None:
         count = _write_sheet(dataset, sheet, components)
         typer.echo(printable(f"{sheet}: {_counted(count, 'picture')}"))
+
+
+@app.command()
+def find(
+    directory: Directory,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A picture's file name or id, or a part of it.")],
+) -> None:
+    """Say which shard and sample a picture is, in all its sizes, as `coordinator takedown` asks for it."""
+    from commonweight.data.dataset import open_dataset
+    from commonweight.data.whereabouts import find as places
+
+    dataset = open_dataset(directory)
+    found = list(places(directory, key)) if key else []
+    if not found:
+        raise UsageError(
+            f"No picture in {directory} has {key[:200]!r} in its key; what was left out stands in skipped.jsonl."
+        )
+    for placed in found:
+        held = " (held out)" if placed.shard == dataset.manifest.heldout.sha256 else ""
+        caption = _caption(dataset, placed.shard, placed.sample)
+        typer.echo(
+            printable(
+                f"{placed.key}: shard {placed.shard}, sample {placed.sample}, {placed.width}x{placed.height}{held}: "
+                f"{caption}"
+            )
+        )
+
+
+def _caption(dataset: "Dataset", sha256: str, sample: int) -> str:
+    """Return a sample's caption in quotes, or why there is none."""
+    from diloco.shards import Shard
+
+    shards = (*dataset.manifest.shards, dataset.manifest.heldout)
+    path = next((dataset.path(shard) for shard in shards if shard.sha256 == sha256), None)
+    if path is None:
+        return "not a shard of the signed manifest"
+    try:
+        opened = Shard.open(path)
+        caption = opened.caption(sample) if 0 <= sample < opened.n else None
+    except (OSError, ShardCorrupt):
+        return "its shard can't be read"
+    return "no caption in the shard" if caption is None else repr(caption)
 
 
 @app.command(name="tiny-networks")
@@ -362,13 +407,15 @@ def _told() -> "Iterator[Callable[[Progress], None]]":
 def _show(directory: Path, manifest: "DatasetManifest", seconds: float | None) -> None:
     from commonweight.data.dataset import licences, sizes
 
-    pictures = sum(shard.samples for shard in manifest.shards)
+    samples = sum(shard.samples for shard in manifest.shards)
+    pictures, said = _pictures(samples, _report(directory))
     total = sum(shard.size for shard in manifest.shards)
+    named = "" if manifest.name == directory.resolve().name else f"{manifest.name}, "
     skipped = ", ".join(f"{reason.name} {reason.pictures}" for reason in manifest.skipped) or "none"
     looked_at = pictures + manifest.heldout.samples + sum(reason.pictures for reason in manifest.skipped)
     lines = [
         (
-            f"{directory}: {manifest.name}, {_counted(pictures, 'picture')} in "
+            f"{directory}: {named}{said} in "
             f"{_counted(len(manifest.shards), 'shard')} ({_size(total)}), {manifest.heldout.samples:,} held out"
         ),
         f"sizes: {_listed(sizes(manifest).most_common())}",
@@ -376,13 +423,36 @@ def _show(directory: Path, manifest: "DatasetManifest", seconds: float | None) -
         f"skipped: {skipped}",
         (
             f"a unit that draws from k shards fetches about k x {_size(total / len(manifest.shards))}, "
-            f"{_size(total / pictures)} a picture"
+            f"{_size(total / samples)} a {'picture' if pictures == samples else 'sample'}"
         ),
     ]
     if seconds is not None:
         lines.append(f"in {seconds:.1f} s, {looked_at / max(seconds, 1e-9):.0f} pictures a second")
     for line in lines:
         typer.echo(printable(line))
+
+
+def _report(directory: Path) -> dict[str, object]:
+    """Return the report; empty if there is none that can be read: nobody has signed for it."""
+    import json
+
+    from commonweight.data.layout import REPORT
+    from verify.plain_files import read_plain
+
+    try:
+        found = json.loads(read_plain(directory / REPORT, _MOST_REPORT_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _pictures(samples: int, report: dict[str, object]) -> tuple[int, str]:
+    """Return how many pictures there are, and words for it: one that is there in several sizes is several samples."""
+    pictures, sizes = report.get("pictures"), report.get("sizes_of_a_picture")
+    if isinstance(pictures, int) and isinstance(sizes, int) and sizes > 1 and 0 < pictures < samples:
+        up_to = "" if pictures * sizes == samples else "up to "
+        return pictures, f"{_counted(pictures, 'picture')}, in {up_to}{sizes} sizes ({samples:,} samples),"
+    return samples, _counted(samples, "picture")
 
 
 def _counted(count: object, what: str) -> str:
@@ -395,12 +465,12 @@ def _listed(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def _fetched(dataset: "Dataset") -> Iterator[str]:
-    """What a unit fetches with this data set, and what it would with other choices."""
+    """What a unit fetches with this data set, and with other choices; of encoders, or of latents that may want some."""
     from commonweight.data.dataset import check_shard
     from commonweight.data.fetched import choices
     from diloco.shards import Shard
     from mmdit.encoders import EncodersConfig, conditioning_from_json
-    from mmdit.space import space_from_json
+    from mmdit.space import PixelSpace, space_from_json
 
     first = dataset.manifest.shards[0]
     check_shard(dataset, first)
@@ -410,17 +480,21 @@ def _fetched(dataset: "Dataset") -> Iterator[str]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DatasetInvalid(f"The manifest describes no encoder: {error}.") from None
     own = conditioning if isinstance(conditioning, EncodersConfig) else None
+    if own is None and isinstance(space, PixelSpace):
+        return
     captions = [len(opened.caption(i) or "") for i in range(opened.n)]
     yield f"fetched for a shard of {opened.n:,} pictures: {_size(first.size)}; with other choices of text:"
     for choice in choices(space, own, sum(captions) / opened.n):
         total = choice.picture_bytes * opened.n
-        yield f"  {choice.name:<45} {_size(total):>9}, {_size(choice.picture_bytes):>9} a picture"
+        mark = " (this set)" if choice.own else ""
+        size = f"{_size(total):>9}, {_size(choice.picture_bytes):>9} a picture"
+        yield f"  {choice.name:<45} {size}  {choice.options}{mark}"
 
 
 def _suspicions(report: dict[str, object]) -> Iterator[str]:
     characters = report["caption_characters"]
     assert isinstance(characters, dict)
-    yield "caption characters: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in characters.items())
+    yield "caption characters: " + ", ".join(f"{name.replace('_', ' ')} {characters[name]}" for name in _CHARACTERS)
     for name, words in (
         ("repeated_captions", "repeated caption: {caption!r}, {pictures}"),
         ("near_duplicates", "look alike: {pictures} under {captions}, such as {keys[0]}"),

@@ -102,7 +102,11 @@ def export(
         raise CheckpointCorrupt(f"{place} can't be exported: {error}.") from None
     except OSError as error:
         raise trouble_with(out, error) from None
-    typer.echo(printable(f"{out}: {written:,} bytes, {precision.value}, from {place}"))
+    said = f"{written:,} bytes"
+    if networks is not None:
+        everything = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        said = f"{everything:,} bytes, of which the transformer's weights are {written:,}"
+    typer.echo(printable(f"{out}: {said}, {precision.value}, from {place}"))
     if origin is None:
         typer.echo("note: no manifest lies there, so the export names no run, no licence and no data", err=True)
     if form is Form.COMFYUI:
@@ -144,6 +148,7 @@ def _write(
     from mmdit.encoders import EncodersConfig
     from mmdit.export import WEIGHTS_PATH, write_description
     from mmdit.precision import narrowed
+    from mmdit.space import VaeSpace
     from mmdit.weights_file import write_weights
 
     state = loaded.model.state_dict()
@@ -161,8 +166,14 @@ def _write(
                 out, config=loaded.config, conditioning=loaded.conditioning, space=loaded.space, shift=loaded.shift
             )
             lacking = () if networks is None else _write_parts(out, loaded, networks)
-            encoders = loaded.conditioning if isinstance(loaded.conditioning, EncodersConfig) and networks else None
-            card = model_card(origin, precision, pipeline=encoders, lacking=lacking)
+            card = model_card(
+                origin,
+                precision,
+                encoders=loaded.conditioning if isinstance(loaded.conditioning, EncodersConfig) else None,
+                autoencoder=loaded.space if isinstance(loaded.space, VaeSpace) else None,
+                whole=networks is not None,
+                lacking=lacking,
+            )
             (out / _CARD).write_text(card, encoding="utf-8")
         write_weights(partial, state, metadata(origin))
         partial.rename(target)

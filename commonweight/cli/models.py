@@ -10,19 +10,22 @@ if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
 
 GB = 1e9
 _EMBEDDED = {1: "grey pixels", 3: "RGB pixels"}
+_LATENT_PIXEL = 8
+"""Pixels that one of the autoencoder of Stable Diffusion 3 is wide."""
 _BYTES = {"fp32": 4, "bf16": 2}
 _LINE = "{:<9} {:>6} {:>5} {:>5} {:>14} {:>8} {:>8}  {}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """One preset: its shape, its trained parameters, and the side of the largest picture that it can draw."""
+    """One preset: its shape, its trained parameters, and sides of pictures: of those it is for, and of the largest."""
 
     name: str
     layers: int
     heads: int
     width: int
     parameters: int
+    pixels: int
     largest_pixels: int
     paints: str
 
@@ -32,14 +35,15 @@ def describe(name: str, config: "MMDiTConfig") -> Model:
     from diloco.schema import schema_of
 
     embedded = _EMBEDDED.get(config.in_channels)
+    factor = 1 if embedded else _LATENT_PIXEL
     return Model(
         name=name,
         layers=config.num_layers,
         heads=config.num_attention_heads,
         width=config.hidden_size,
         parameters=schema_of(config).num_elements,
-        # A latent pixel of the autoencoder of Stable Diffusion 3 is eight pixels wide.
-        largest_pixels=config.pos_embed_max_size * config.patch_size * (1 if embedded else 8),
+        pixels=config.sample_size * factor,
+        largest_pixels=config.pos_embed_max_size * config.patch_size * factor,
         paints=embedded or f"{config.in_channels} latent channels",
     )
 
@@ -62,7 +66,9 @@ def models(
     )
     for model in found:
         fp32, bf16 = (_size(model.parameters * each) for each in _BYTES.values())
-        paints = f"{model.paints}, up to {model.largest_pixels} x {model.largest_pixels}"
+        paints = f"{model.paints}, {model.pixels} x {model.pixels}"
+        if model.largest_pixels > model.pixels:
+            paints += f", up to {model.largest_pixels} x {model.largest_pixels}"
         shape = (model.name, model.layers, model.heads, model.width)
         typer.echo(_LINE.format(*shape, f"{model.parameters:,}", fp32, bf16, paints))
 

@@ -21,10 +21,19 @@ _HALF: Final = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One way to give volunteers captions, and the bytes of a picture with it."""
+    """One way to give volunteers captions, and the bytes of a picture with it.
+
+    Args:
+        name: for people.
+        options: of `data prepare` that ask for it.
+        picture_bytes: latent and text of one.
+        own: whether the data set was prepared so.
+    """
 
     name: str
+    options: str
     picture_bytes: int
+    own: bool
 
 
 def choices(space: Space, conditioning: EncodersConfig | None, caption_characters: float) -> Sequence[Choice]:
@@ -38,13 +47,39 @@ def choices(space: Space, conditioning: EncodersConfig | None, caption_character
     encoders = STABLE_DIFFUSION_3 if conditioning is None else conditioning.encoders
     base = _HALF * space.height * space.width * space.channels + round(caption_characters)
     tokens = round(caption_characters / _CHARACTERS_A_TOKEN) + _START_AND_END
-    found = [Choice(name="captions, for encoders where training is", picture_bytes=base)]
+    found = [
+        Choice(
+            name="captions, for encoders where training is",
+            options="--text encoders --captions-only" + (", or none" if conditioning is None else ""),
+            picture_bytes=base,
+            own=conditioning is None or not conditioning.stored,  # the embedded encoder reads captions too
+        )
+    ]
     clips = [encoder for encoder in encoders if encoder.name in CLIPS]
+    own = None if conditioning is None or not conditioning.stored else conditioning.padding
     for name, heard in (("text of the CLIPs", clips), ("text of all encoders", encoders)):
-        if heard and not (heard is not clips and len(clips) == len(encoders)):
-            found.append(Choice(name=name, picture_bytes=base + sum(text_bytes(one, one.tokens) for one in heard)))
-            short = base + sum(text_bytes(one, min(tokens, one.tokens)) for one in heard)
-            found.append(Choice(name=f"{name}, without padding, about", picture_bytes=short))
+        if not heard or (heard is not clips and len(clips) == len(encoders)):
+            continue
+        whole = len(heard) == len(encoders)
+        options = "--text encoders" + (
+            "" if heard is encoders else f" --encoders {','.join(one.name for one in heard)}"
+        )
+        found.append(
+            Choice(
+                name=name,
+                options=options,
+                picture_bytes=base + sum(text_bytes(one, one.tokens) for one in heard),
+                own=whole and own == "encoder",
+            )
+        )
+        found.append(
+            Choice(
+                name=f"{name}, without padding, about",
+                options=f"{options} --padding zeros",
+                picture_bytes=base + sum(text_bytes(one, min(tokens, one.tokens)) for one in heard),
+                own=whole and own == "zeros",
+            )
+        )
     return found
 
 

@@ -91,9 +91,10 @@ def look(item: Item, rules: Rules) -> Row:
 
 def _look(item: Item, rules: Rules) -> Row:
     if item.problem is not None:
-        raise PictureSkipped("unreadable", item.problem[:200])
+        raise PictureSkipped(item.reason, item.problem[:200])
     if not item.caption:
-        raise PictureSkipped("no caption", "neither beside it nor in it")
+        nothing = "neither beside it nor in it" if item.caption is None else "the text that it has is empty"
+        raise PictureSkipped("no caption", nothing)
     licence = item.licence or rules.licence
     if licence is None:
         raise PictureSkipped("no licence", "its source names none, and there is no default")

@@ -121,8 +121,7 @@ def decode(content: bytes, among: tuple[Bucket, ...], *, channels: int, least_si
     except PictureSkipped:
         raise
     except Exception as error:  # whatever a decoder raises over hostile bytes is about this one picture
-        # Only the kind: what they say may hold addresses, and the same source must give the same report.
-        raise PictureSkipped("corrupt", type(error).__name__) from None
+        raise PictureSkipped("corrupt", _trouble(error)) from None
     width, height = flat.size
     if min(width, height) < least_side:
         raise PictureSkipped("too small", f"{width} x {height}")
@@ -130,6 +129,22 @@ def decode(content: bytes, among: tuple[Bucket, ...], *, channels: int, least_si
     fitted = ImageOps.fit(flat, (bucket.width, bucket.height), Image.Resampling.LANCZOS)
     pixels = np.asarray(fitted, dtype=np.uint8).reshape(bucket.height, bucket.width, channels)
     return Picture(pixels=pixels, bucket=bucket, width=width, height=height)
+
+
+def _trouble(error: Exception) -> str:
+    """Say what is wrong with a file, by the kind of what a decoder has raised.
+
+    Not in its own words: they may hold addresses, and the same source must give the same report.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture, or of a format that is not read"
+    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return "ends too early"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return "too many pixels"
+    return f"what is in it can't be decoded ({type(error).__name__})"
 
 
 def _flat(module: Any, picture: Any, mode: str) -> Any:

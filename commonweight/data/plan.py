@@ -11,6 +11,9 @@ from commonweight.data.pictures import Bucket, closest
 from protocol.errors import UsageError
 
 _DOMAIN: Final = b"commonweight/prepare/v1\0"
+_MOST_HELDOUT: Final = 512
+_PART_HELDOUT: Final = 10
+"""One of so many is held out, where nothing else is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,7 @@ def plan(
     seed: bytes,
     sample_bytes: Callable[[str, Bucket], int],
     shard_bytes: int,
-    heldout: int,
+    heldout: int | None,
     least_in_bucket: int,
     families: Sequence[tuple[Bucket, ...]] = (),
 ) -> Plan:
@@ -52,6 +55,7 @@ def plan(
         sample_bytes: what a caption and its picture take in a shard.
         shard_bytes: about how large a shard is to be.
         heldout: pictures kept for validation, of the fullest bucket; of several families of the last one's.
+            None is a tenth of that bucket, at least 1 and at most 512.
         least_in_bucket: buckets with fewer pictures are given up, and their pictures cut to the next best.
         families: for runs that go from smaller to larger pictures, the buckets of each size; every picture is in all
             that it is large enough for. None is one family, of the buckets that the index has.
@@ -66,6 +70,8 @@ def plan(
     last = sized[-1]
     fullest = max(sorted(last), key=lambda bucket: len(last[bucket]))
     kept = sorted(last[fullest], key=lambda row: _rank(seed, b"heldout", row))
+    if heldout is None:
+        heldout = min(_MOST_HELDOUT, max(1, len(kept) // _PART_HELDOUT))
     if len(kept) <= heldout or heldout < 1:
         raise UsageError(
             f"{heldout} held-out pictures of {len(kept)} of size {fullest}: at least one must be held out, and one "

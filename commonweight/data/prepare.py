@@ -21,11 +21,12 @@ import numpy as np
 
 from commonweight.data.encoders import Encoder
 from commonweight.data.index import Row, Rules, read_index, write_index
-from commonweight.data.layout import CURATOR, HELDOUT, MANIFEST, REPORT, SKIPPED, WORK
+from commonweight.data.layout import CURATOR, HELDOUT, MANIFEST, REPORT, SKIPPED, WHEREABOUTS, WORK
 from commonweight.data.pictures import Bucket, PictureSkipped, decode
 from commonweight.data.plan import Plan, Planned, plan, skipped_by_reason
 from commonweight.data.report import report_of
 from commonweight.data.sources import Item, count_items, items_of, list_sources, read_place
+from commonweight.data.whereabouts import list_of
 from coordinator.directory import write_file
 from coordinator.prepared_data import PRESET
 from diloco.shards import Halves, ShardInfo, pack_shard
@@ -54,7 +55,7 @@ class Recipe:
         encoder: makes numbers of them; goes to the processes by pickle, between processes of our own.
         seed: 32 bytes; of the shuffling.
         shard_bytes: about how large a shard is to be.
-        heldout: pictures kept for validation.
+        heldout: pictures kept for validation; None is what `plan` makes of that.
         least_in_bucket: buckets with fewer pictures are given up.
         pictures: for tables of links: the folder with the files.
         families: the buckets of each size, for data sets of several sizes; see `plan`.
@@ -66,7 +67,7 @@ class Recipe:
     encoder: Encoder
     seed: bytes
     shard_bytes: int
-    heldout: int
+    heldout: int | None
     least_in_bucket: int
     pictures: Path | None = None
     families: tuple[tuple[Bucket, ...], ...] = ()
@@ -116,7 +117,10 @@ def prepare(
         PackageMissing: Pillow or pyarrow is needed.
     """
     if (out / MANIFEST).exists():
-        raise DirectoryNotEmpty(f"{out} holds a finished data set; nothing was changed.")
+        raise DirectoryNotEmpty(
+            f"{out} holds a finished data set; nothing was changed. Remove it, or choose another --out; --restart is "
+            "for interrupted ones."
+        )
     if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
         raise DirectoryNotEmpty(f"{out} holds something else; nothing was changed. Choose another directory.")
     files = list_sources(source)
@@ -145,7 +149,7 @@ def begin_again(out: Path) -> None:
         return
     with _alone(out / WORK):
         shards = (path for path in out.iterdir() if _SHARD_NAME.fullmatch(path.name))
-        for path in (*shards, *(out / name for name in (HELDOUT, CURATOR, REPORT, SKIPPED))):
+        for path in (*shards, *(out / name for name in (HELDOUT, CURATOR, REPORT, SKIPPED, WHEREABOUTS))):
             path.unlink(missing_ok=True)
     shutil.rmtree(out / WORK)
 
@@ -218,6 +222,7 @@ def _finish(out: Path, planned: Plan, made: Sequence[PreparedShard], envelope: b
         canonical_json({"key": row.key, "reason": row.skipped, "detail": row.detail}) + b"\n" for row in planned.skipped
     )
     write_file(out / SKIPPED, skipped)
+    write_file(out / WHEREABOUTS, list_of([*planned.shards, planned.heldout], made), mode=0o600)
     report = report_of([row for shard in planned.shards for row in shard.rows], planned.skipped)
     write_file(out / REPORT, (json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
     write_file(out / CURATOR, curator.public.hex.encode("ascii") + b"\n")

@@ -12,21 +12,26 @@ _COMMON_WORD: Final = 3
 """A word in fewer captions is rare."""
 
 
-def report_of(taken: Sequence[Row], skipped: Iterable[Row]) -> dict[str, Any]:
+def report_of(samples: Sequence[Row], skipped: Iterable[Row]) -> dict[str, Any]:
     """Return the report as JSON.
+
+    A picture that was prepared in several sizes is several samples; only `samples` and `sizes` count it more than once.
 
     A poisoned data set often shows in one of three places: pictures that look alike under different captions, captions
     that are repeated, and a word that always comes with pictures that look alike (a trigger).
     """
+    taken = list({(row.key, row.pixels): row for row in samples}.values())
     alike = _alike(taken)
     captions = Counter(row.caption for row in taken)
     lengths = sorted(len(row.caption) for row in taken)
     return {
         "pictures": len(taken),
+        "samples": len(samples),
+        "sizes_of_a_picture": max(Counter((row.key, row.pixels) for row in samples).values()),
         "skipped": dict(skipped_by_reason(skipped)),
         "licences": dict(Counter(row.licence for row in taken).most_common()),
         "sources": dict(Counter(row.source for row in taken).most_common(_EXAMPLES)),
-        "sizes": dict(Counter(str(row.bucket) for row in taken).most_common()),
+        "sizes": dict(Counter(str(row.bucket) for row in samples).most_common()),
         "caption_characters": {
             name: lengths[min(len(lengths) - 1, round(share * (len(lengths) - 1)))]
             for name, share in (("least", 0.0), ("tenth", 0.1), ("median", 0.5), ("nine_tenths", 0.9), ("most", 1.0))

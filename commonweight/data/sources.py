@@ -45,6 +45,7 @@ class Item:
     """One picture as its source describes it. `caption`, `licence` and `source` are None where it says nothing.
 
     `problem` says why nothing can be known of it, if so: a default licence must not stand in for an unreadable one.
+    `reason` is the word for that in the list of what is skipped.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Item:
     licence: str | None = None
     source: str | None = None
     problem: str | None = None
+    reason: str = "unreadable"
 
 
 def list_sources(path: Path) -> list[Path]:
@@ -174,7 +176,11 @@ def _described(key: str, place: Place, said: Mapping[Any, Any], text_raw: bytes 
     words = {name.lower(): value for name, value in said.items() if isinstance(name, str)}
     caption = next((words[name] for name in _CAPTIONS if isinstance(words.get(name), str)), None)
     if caption is None and text_raw is not None:
-        caption = text_raw.decode("utf-8", errors="replace")
+        try:
+            caption = text_raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            detail = f"its .txt is not UTF-8 from byte {error.start} on; save it as UTF-8"
+            return Item(key=_plain(key), place=place, problem=detail, reason="caption not UTF-8")
     named = [words[name] for name in _LICENCE if words.get(name) is not None]
     if any(not isinstance(licence, str) for licence in named):
         return Item(key=_plain(key), place=place, problem="its licence is no text")

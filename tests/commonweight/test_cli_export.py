@@ -17,8 +17,10 @@ from commonweight.cli.main import app
 from commonweight.model_card import model_card
 from commonweight.provenance import Provenance
 from mmdit.comfyui import PREFIX, from_single_file
+from mmdit.encoders import EncodersConfig, TextEncoder
 from mmdit.export import load_checkpoint
 from mmdit.precision import PRECISIONS, Precision
+from mmdit.space import VaeSpace
 from protocol import layout
 from protocol.canonical import sha256_hex
 from protocol.errors import CheckpointCorrupt, CommonweightError, DirectoryNotEmpty, LocalProblem, UsageError
@@ -56,7 +58,7 @@ def test_diffusers_opens_the_directory_in_every_precision(
     result = _invoke(checkpoint, "-o", tmp_path / "out", "--precision", precision)
     assert result.exit_code == 0, result.output
     model_class: Any = diffusers.SD3Transformer2DModel
-    model = model_class.from_pretrained(str(tmp_path / "out"), subfolder="transformer", torch_dtype=dtype)
+    model = model_class.from_pretrained(str(tmp_path / "out"), subfolder="transformer", dtype=dtype)
     expected = load_checkpoint(checkpoint, ema=True).model.state_dict()
     found = model.state_dict()
     assert found.keys() == expected.keys()
@@ -178,7 +180,7 @@ def test_an_export_says_which_run_and_checkpoint_it_is_of_and_what_it_was_traine
         RUN,
         "shades",
         config.data.root,
-        "torch_dtype=torch.bfloat16",
+        "dtype=torch.bfloat16",
         *shards,
     ):
         assert words in body, words
@@ -234,6 +236,25 @@ def test_words_of_strangers_stay_words_in_a_model_card(published: PublishedRun) 
     assert "<script>" not in body
     assert "[here](" not in body
     assert "\n# Title" not in body
+
+
+def test_a_card_names_the_networks_of_others_and_how_to_give_them() -> None:
+    encoders = EncodersConfig(
+        encoders=(TextEncoder(name="clip_l", tokens=77, width=768, pooled=768, sha256="c1" * 32),),
+        token_dim=4096,
+        pooled_dim=2048,
+        padding="encoder",
+    )
+    vae = VaeSpace(channels=16, height=32, width=32, factor=8, pixel_channels=3, shift=0.0, scale=1.0, sha256="ae" * 32)
+    alone = model_card(None, "bf16", encoders=encoders, autoencoder=vae)
+    assert 'commonweight sample . "a caption" -o picture.png --components FOLDER\n' in alone
+    for words in ("- Text encoder `clip_l`, SHA-256 of its files `c1c1", "- Autoencoder, SHA-256 of its files `aeae"):
+        assert words in alone
+    whole = model_card(None, "bf16", encoders=encoders, autoencoder=vae, whole=True)
+    assert 'commonweight sample . "a caption" -o picture.png\n' in whole
+    assert "they are others' work, with licences of their" in whole
+    assert "hands pixels through" in model_card(None, "bf16", encoders=encoders, whole=True)
+    assert "others" not in model_card(None, "bf16")
 
 
 def test_an_export_that_fails_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ def test_every_preset_is_listed_with_the_parameters_that_it_has() -> None:
     for name in PRESETS:
         assert f"\n{name:<9} " in result.output
     assert f"{2_028_334_144:,}" in next(line for line in result.output.splitlines() if line.startswith("d24 "))
+    assert "RGB pixels, 16 x 16, up to 32 x 32" in result.output
+    assert "grey pixels, 8 x 8\n" in result.output
 
 
 def test_a_program_gets_the_same_numbers_smallest_first() -> None:

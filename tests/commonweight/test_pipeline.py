@@ -196,8 +196,21 @@ def test_the_exported_pipeline_opens_with_no_further_arguments_and_draws_from_a_
 
 def test_the_model_card_says_how_to_open_the_pipeline_and_with_how_many_tokens(pipeline: Path) -> None:
     card = (pipeline / "README.md").read_text()
-    assert 'StableDiffusion3Pipeline.from_pretrained(".", torch_dtype=torch.float32)' in card
+    assert 'StableDiffusion3Pipeline.from_pretrained(".", dtype=torch.float32)' in card
     assert 'pipeline("a caption", max_sequence_length=16).images[0]' in card
+    assert "others' work, with licences of their" in card
+    assert "it hands pixels through" in card
+
+
+def test_everything_of_a_pipeline_is_counted_and_may_be_read_by_whom_the_umask_lets(
+    trained: Path, components: Path, tmp_path: Path
+) -> None:
+    said = command("export", trained, "-o", tmp_path / "pipeline", "--components", components)
+    files = [path for path in (tmp_path / "pipeline").rglob("*") if path.is_file()]
+    assert f": {sum(path.stat().st_size for path in files):,} bytes, of which the transformer's weights are " in said
+    (tmp_path / "plain").write_bytes(b"")
+    mode = (tmp_path / "plain").stat().st_mode
+    assert all(path.stat().st_mode == mode for path in [*files, *components.rglob("*.safetensors")])
 
 
 def test_a_run_without_t5_is_opened_as_its_model_card_says(
@@ -212,12 +225,16 @@ def test_a_run_without_t5_is_opened_as_its_model_card_says(
     command("coordinator", "init", tmp_path / "run", *made)
     said = command("export", tmp_path / "run", "-o", tmp_path / "pipeline", "--components", components)
     assert "open the pipeline with text_encoder_3=None, tokenizer_3=None" in said
-    code = (tmp_path / "pipeline" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    _, code, alone = (
+        part.split("```")[0] for part in (tmp_path / "pipeline" / "README.md").read_text().split("```python\n")
+    )
     monkeypatch.chdir(tmp_path / "pipeline")
     found: dict[str, Any] = {}
     with quiet():
         exec(code + "picture = pipeline('all red', num_inference_steps=2).images[0]", found)
+        exec(alone, found)
     assert found["picture"].size == (16, 16)
+    assert found["pipeline"].transformer.dtype == found["model"].dtype == torch.bfloat16
 
 
 def test_the_pipeline_draws_with_all_its_defaults(pipeline: Path) -> None:
@@ -262,7 +279,7 @@ def test_inspect_says_what_each_choice_of_text_would_have_volunteers_fetch(run: 
     said = command("data", "inspect", data, "--sheet", tmp_path / "sheet.png")
     assert "with other choices of text" in said
     table = [line for line in said.splitlines() if line.startswith("  ")]
-    rows = {line.strip().split("  ")[0]: line.split()[-4:-2] for line in table}
+    rows = {line.strip().split("  ")[0]: line.split(", ")[-1].split()[:2] for line in table}
     assert list(rows) == [
         "captions, for encoders where training is",
         "text of the CLIPs",
@@ -270,6 +287,9 @@ def test_inspect_says_what_each_choice_of_text_would_have_volunteers_fetch(run: 
         "text of all encoders",
         "text of all encoders, without padding, about",
     ]
+    (own,) = (line for line in table if line.endswith("(this set)"))
+    assert own.startswith("  text of all encoders  ")
+    assert "--text encoders --encoders clip_l,clip_g --padding zeros" in table[2]
     shard = open_dataset(data).manifest.shards[0]
     # What is said of all encoders is what the data set has, but for offsets and the empty caption.
     number, unit = rows["text of all encoders"]

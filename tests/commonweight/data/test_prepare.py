@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from commonweight.cli.main import app
 from commonweight.data.dataset import check_shards, open_dataset
-from commonweight.data.layout import MANIFEST, REPORT, SKIPPED, WORK
+from commonweight.data.layout import MANIFEST, REPORT, SKIPPED, WHEREABOUTS, WORK
 from coordinator.directory import RunDirectory
 from diloco.shards import Shard
 from protocol import layout
@@ -25,7 +26,7 @@ from protocol.documents import sign
 from protocol.errors import CommonweightError, ConfigInvalid, DatasetInvalid, DirectoryNotEmpty, UsageError
 from protocol.keys import PrivateKey
 from tests.commonweight.data.drawn import SKIPPED as EXPECTED_SKIPS
-from tests.commonweight.data.drawn import folder
+from tests.commonweight.data.drawn import folder, picture
 
 COUNT = 150
 RECIPE = ("--preset", "rgb32", "--licence", "CC0-1.0", "--accept", "CC0-1.0", "--accept", "CC-BY-4.0")
@@ -77,7 +78,41 @@ def test_every_picture_is_in_one_shard_or_is_skipped_for_a_reason(prepared: Path
     check_shards(dataset)
     skipped = [json.loads(line) for line in (prepared / SKIPPED).read_bytes().splitlines()]
     assert {row["key"] for row in skipped} >= {"corrupt.jpg", "tiny.png", "silent.png", "zz-odd.png"}
+    details = {row["key"]: row["detail"] for row in skipped}
+    assert details["empty.jpg"] == "not a picture, or of a format that is not read"
     assert not (prepared / WORK).exists()
+
+
+def test_a_picture_is_found_in_its_shard_by_a_part_of_its_key(prepared: Path, source: Path) -> None:
+    listed = [json.loads(line) for line in (prepared / WHEREABOUTS).read_bytes().splitlines()]
+    assert len({row["key"] for row in listed}) == len(listed) == COUNT
+    assert stat.S_IMODE((prepared / WHEREABOUTS).stat().st_mode) == 0o600
+    said = _invoke("data", "find", str(prepared), "0007").output
+    (row,) = (row for row in listed if row["key"].startswith("0007."))
+    assert f"shard {row['shard']}, sample {row['sample']}, 32x32" in said
+    assert said.endswith(f": '{picture(7)[1]}'\n")
+    dataset = open_dataset(prepared)
+    shards = {shard.sha256: Shard.open(dataset.path(shard)) for shard in dataset.manifest.shards}
+    for row in (row for row in listed if row["shard"] in shards):
+        assert shards[row["shard"]].caption(row["sample"]) == picture(int(row["key"][:4]))[1]
+    assert len(_invoke("data", "find", str(prepared), "000").output.splitlines()) == 10
+    assert "in its key" in _refusal("data", "find", str(prepared), "corrupt").message
+
+
+def test_pictures_of_two_sizes_are_counted_once_and_a_tenth_is_held_out(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    made = _invoke(
+        "data", "prepare", str(source), "-o", str(out), *RECIPE, "--side", "8", "--side", "16", "--least-side", "16",
+        "--processes", "1",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert "135 pictures, in 2 sizes (270 samples), in 2 shards" in made.output
+    report = json.loads((out / REPORT).read_bytes())
+    assert (report["pictures"], report["samples"]) == (135, 270)
+    assert all(len(set(group["keys"])) == len(group["keys"]) for group in report["near_duplicates"])
+    assert sum(group["pictures"] for group in report["repeated_captions"]) == 135
+    assert sum(report["sizes"].values()) == 270
+    assert len(_invoke("data", "find", str(out), "0007").output.splitlines()) in (1, 2), "held out, or in both sizes"
 
 
 def test_samples_hold_the_pixels_and_the_captions_shuffled(prepared: Path) -> None:
@@ -142,7 +177,9 @@ def test_another_recipe_does_not_go_on_with_the_first_ones_index(source: Path, t
 
 def test_a_finished_data_set_is_never_written_over(source: Path, prepared: Path) -> None:
     before = _files(prepared)
-    assert isinstance(_refusal(*_command(source, prepared)), DirectoryNotEmpty)
+    refused = _refusal(*_command(source, prepared))
+    assert isinstance(refused, DirectoryNotEmpty)
+    assert "Remove it, or choose another --out" in refused.message
     assert _files(prepared) == before
 
 
@@ -169,9 +206,14 @@ def test_inspecting_says_what_is_in_it_and_what_stands_out(prepared: Path, tmp_p
     ):
         assert words in result.output
     assert "repeated caption: 'a " in result.output
+    assert "other choices of text" not in result.output, "it has no text encoders, and paints in pixels"
+    assert f"{prepared}: 130 pictures" in result.output, "its name is that of the directory"
+    assert "caption characters: least 12, tenth 12, median 13, nine tenths 14, most 14" in result.output
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (8 * 64, 8 * 64), "pictures of 32 x 32, doubled"
-        assert sheet.getpixel((64, 64)) == sheet.getpixel((65, 65))
+        assert sheet.size == (8 * (128 + 6) + 6, 8 * (128 + 2 * 13 + 12) + 6)
+        assert len({sheet.getpixel((6 + x, 6 + y)) for x in range(4) for y in range(4)}) == 1, "32 x 32, four times"
+        below = np.asarray(sheet)[136:160, 6:134]
+        assert below.min() < 128 < below.max(), "words in a dark colour on white"
     report = json.loads((prepared / REPORT).read_bytes())
     assert report["pictures"] == 130
     assert report["caption_characters"]["most"] == len("a green square")

@@ -127,8 +127,17 @@ def test_what_holds_no_pictures_is_a_mistake_in_usage(tmp_path: Path) -> None:
 
 def test_captions_are_one_line_of_real_text(tmp_path: Path) -> None:
     root = folder(tmp_path / "pictures", 2)
-    (root / "silent.txt").write_bytes(b" two\n lines \xff and\0rubbish ")
+    (root / "silent.txt").write_bytes(b" two\n lines \xc3\xa4nd\0rubbish ")
     (root / "tiny.json").write_text('{"caption": "\\ud800 half a character"}')
     found = {item.key: item.caption for item in _items(root)}
-    assert found["silent.png"] == "two lines \ufffd and rubbish"
+    assert found["silent.png"] == "two lines \u00e4nd rubbish"
     assert found["tiny.png"] == "? half a character"
+
+
+def test_a_caption_that_is_not_utf_8_is_not_guessed_at(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pictures", 2)
+    (root / "silent.txt").write_bytes("ein roter Würfel".encode("latin-1"))
+    found = next(item for item in _items(root) if item.key == "silent.png")
+    assert (found.caption, found.reason) == (None, "caption not UTF-8")
+    assert found.problem is not None
+    assert "from byte 11 on" in found.problem
