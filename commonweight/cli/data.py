@@ -274,13 +274,13 @@ def find(
     """Say which shard and sample a picture is, in all its sizes, as `coordinator takedown` asks for it."""
     from commonweight.data.dataset import open_dataset
     from commonweight.data.whereabouts import find as places
+    from commonweight.data.whereabouts import left_out
 
     dataset = open_dataset(directory)
     found = list(places(directory, key)) if key else []
-    if not found:
-        raise UsageError(
-            f"No picture in {directory} has {key[:200]!r} in its key; what was left out stands in skipped.jsonl."
-        )
+    others = list(left_out(directory, key)) if key else []
+    if not found and not others:
+        raise UsageError(f"No picture in {directory} has {key[:200]!r} in its key, nor has any that was left out.")
     for placed in found:
         held = " (held out)" if placed.shard == dataset.manifest.heldout.sha256 else ""
         caption = _caption(dataset, placed.shard, placed.sample)
@@ -290,6 +290,8 @@ def find(
                 f"{caption}"
             )
         )
+    for line in others:
+        typer.echo(printable(line))
 
 
 def _caption(dataset: "Dataset", sha256: str, sample: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from commonweight.data.layout import WHEREABOUTS
+from commonweight.data.layout import SKIPPED, WHEREABOUTS
 from commonweight.data.plan import Planned
 from protocol.canonical import canonical_json
 from protocol.documents import PreparedShard
@@ -58,3 +58,21 @@ def find(directory: Path, part: str) -> Iterator[Placed]:
     except (OSError, ValueError, TypeError) as error:
         raise DatasetInvalid(f"{path} can't be read: {type(error).__name__}.") from None
     yield from sorted(found, key=lambda placed: (placed.key, placed.height * placed.width, placed.shard))
+
+
+def left_out(directory: Path, part: str) -> Iterator[str]:
+    """Yield a line for each picture that was left out whose key holds `part`: a copy's says what it is a copy of.
+
+    Raises:
+        DatasetInvalid: the list of what was left out can't be read.
+    """
+    path = directory / SKIPPED
+    if not path.is_file():
+        return
+    try:
+        with open_plain(path) as file:
+            for row in map(json.loads, file):
+                if part in row["key"]:
+                    yield f"{row['key']}: left out, {row['reason']} {row['detail']}"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DatasetInvalid(f"{path} can't be read: {type(error).__name__}.") from None

@@ -96,7 +96,8 @@ def test_a_picture_is_found_in_its_shard_by_a_part_of_its_key(prepared: Path, so
     for row in (row for row in listed if row["shard"] in shards):
         assert shards[row["shard"]].caption(row["sample"]) == picture(int(row["key"][:4]))[1]
     assert len(_invoke("data", "find", str(prepared), "000").output.splitlines()) == 10
-    assert "in its key" in _refusal("data", "find", str(prepared), "corrupt").message
+    assert _invoke("data", "find", str(prepared), "zz-ag").output == "zz-again.png: left out, duplicate of 0001.png\n"
+    assert "in its key" in _refusal("data", "find", str(prepared), "nobody").message
 
 
 def test_pictures_of_two_sizes_are_counted_once_and_a_tenth_is_held_out(source: Path, tmp_path: Path) -> None:
