@@ -11,7 +11,7 @@ _MOST_CHARACTERS: Final = 600
 
 
 def last_words(log: Path, since: int) -> str:
-    """Return the sentence and the code that an auditor failed with, else its last line; empty if it said nothing.
+    """Return the sentence and the code that an auditor failed with, else its last line that is no event; empty if none.
 
     Args:
         log: JSON lines of events, and whatever else a dying process writes.
@@ -30,7 +30,8 @@ def last_words(log: Path, since: int) -> str:
                 return printable(f"{sentence[:_MOST_CHARACTERS]} [{code}]")
             case _:
                 pass
-    return printable(next((line for line in reversed(lines) if line.strip()), "")[:_MOST_CHARACTERS])
+    said = (line for line in reversed(lines) if line.strip() and _event(line) is None)
+    return printable(next(said, "")[:_MOST_CHARACTERS])
 
 
 def _event(line: str) -> object:

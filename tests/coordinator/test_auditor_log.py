@@ -21,6 +21,7 @@ SAID = "error: The networks are not there. [NETWORKS_MISSING]"
         (['{"event": "ready"}', "Traceback", "MemoryError", ""], "MemoryError"),
         (['{"event": "failed", "code": 3}', "{half a li"], "{half a li"),
         ([json.dumps({**FAILED, "sentence": "\x1b[2J"})], "?[2J [NETWORKS_MISSING]"),
+        (['{"event": "waiting", "reason": "nothing to judge"}'], ""),
         ([], ""),
     ],
 )
