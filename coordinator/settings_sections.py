@@ -48,8 +48,8 @@ class ModelSettings(_Section):
     preset: str = Field(
         default="digits",
         description='Shape of the model, by name, as `commonweight models` lists them: "digits" (8 x 8 grey pixels), '
-        '"rgb32" (32 x 32 RGB pixels), or "d12" to "d38", which paint in the latents of an autoencoder and need a data '
-        "set that was prepared with one.",
+        '"rgb16" and "rgb32" (RGB pixels), or "d12" to "d38", which paint in the latents of an autoencoder and need a '
+        "data set that was prepared with one.",
     )
     text: Literal["byte-patch", "bytes", "encoders"] = Field(
         default="byte-patch",
