@@ -17,8 +17,8 @@ from typing import Any, Final, Literal
 from benchmarks.procedural import UNCHECKED, SmallRun, small_run, trained_weights
 from diloco.checkpoint import write_checkpoint
 from diloco.tables import Floats
-from verify.calibration import DEFAULT_TOLERANCES
 from verify.laboratory import Laboratory
+from verify.tolerances import DEFAULT_TOLERANCES
 from verify.variants import variants_here
 
 Precision = Literal["fp32", "bf16"]

@@ -20,10 +20,10 @@ from diloco.execution import Execution
 from diloco.sketch import sketch
 from diloco.unit import run_unit
 from verify.attacks import ATTACKS, AttackKind, AttackWorld, Delta, norm, world_of
-from verify.calibration import DEFAULT_TOLERANCES, START_TOLERANCE
 from verify.compare import compare, judge, sketch_difference
 from verify.hiding import Room, hide
 from verify.replay import codec_config, delta_schema
+from verify.tolerances import DEFAULT_TOLERANCES, START_TOLERANCE
 
 SHAPING: Final = tuple(name for name, attack in ATTACKS.items() if attack.kind is not AttackKind.MALFORMED)
 WITHIN: Final = ("ride-tolerance", "hide-in-dither")

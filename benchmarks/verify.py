@@ -24,8 +24,9 @@ from benchmarks.cells import PRECISIONS, TRAINED_ROUNDS, Cells, Precision, Setti
 from benchmarks.court import measure_attacks, measure_hidden
 from benchmarks.plots import PICTURES, Thresholds, plot_thresholds
 from benchmarks.report import RESULTS, Cell, Report
-from verify.calibration import CHEATS, DEFAULT_TOLERANCES
+from verify.calibration import CHEATS
 from verify.laboratory import Measured, Pair
+from verify.tolerances import DEFAULT_TOLERANCES
 
 CELLS: Final = RESULTS / "cells" / "verify"
 PLOT: Final = PICTURES / "verify-thresholds.png"

@@ -35,8 +35,8 @@ from mmdit.presets import PRESETS
 from mmdit.space import PixelSpace
 from protocol.errors import ConfigInvalid
 from protocol.limits import MIB
-from verify.calibration import DEFAULT_TOLERANCES
 from verify.plain_files import read_plain
+from verify.tolerances import DEFAULT_TOLERANCES
 
 _MOST_BYTES: Final = 1 * MIB
 BF16_LEAST_EPS: Final = 1e-6

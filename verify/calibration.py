@@ -23,13 +23,9 @@ from protocol.errors import PayloadInvalid
 from protocol.limits import MAX_ENVELOPE_BYTES
 from verify.laboratory import Laboratory, Measured, Pair
 from verify.networks import check_networks
+from verify.tolerances import START_TOLERANCE
 from verify.variants import Variant, variants_here
 
-START_TOLERANCE: Final[Mapping[str, float]] = {"fp32": 1e-3, "bf16": 0.06}
-"""Raw tolerances from which the protocol started; no calibration proposes a larger one."""
-DEFAULT_TOLERANCES: Final[Mapping[str, tuple[float, float]]] = {"fp32": (1e-4, 1e-3), "bf16": (0.008, 0.04)}
-"""For each precision the raw and the code tolerance of runs that were not calibrated. `benchmarks.verify` measures
-what they let through: both far above the largest honest difference and below the smallest cheat's."""
 CHEATS: Final = ("skip-tenth", "skip-tenth-stretched", "skip-half", "half-batch", "wrong-shard")
 """The cheats that come nearest to honest work, and two that do not."""
 CLEAR: Final = 2.0

@@ -186,3 +186,10 @@ def test_keys_are_readable_by_their_owner_only(founded: tuple[RunDirectory, RunI
         "coordinator.pem", "tls.key", "tls.crt", "run_secret", "auditor.pem", "auditor-delegation.json", "root.pem",
     }  # fmt: skip
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+
+
+@pytest.mark.parametrize("module", ["coordinator.serve", "coordinator.public", "coordinator.directory"])
+def test_processes_that_compute_nothing_do_not_load_torch(module: str) -> None:
+    """It takes three seconds and 200 MB, in each of them."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0

@@ -245,7 +245,7 @@ def test_bf16_through_fp32_replays_what_bf16_kernels_trained_and_the_other_way_r
     with bf16_products(through_fp32=True):
         through_fp32 = run(IN_BF16)
     apart = relative_squared_difference(through_fp32.delta, kernels.delta) ** 0.5
-    # The tolerance of a run in bf16 (`verify.calibration.DEFAULT_TOLERANCES`).
+    # The tolerance of a run in bf16 (`verify.tolerances.DEFAULT_TOLERANCES`).
     assert 0.0 < apart < 0.008
     assert through_fp32.loss_last == pytest.approx(kernels.loss_last, rel=1e-3)
 

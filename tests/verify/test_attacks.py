@@ -28,10 +28,10 @@ from verify.attacks import (
     target_latent,
     world_of,
 )
-from verify.calibration import DEFAULT_TOLERANCES
 from verify.compare import compare, judge, least_raw_difference
 from verify.hiding import Room, encode_coarsely, hide
 from verify.replay import codec_config, delta_schema
+from verify.tolerances import DEFAULT_TOLERANCES
 
 SEED = bytes(range(32))
 ATTACKER = bytes([9]) * 32

@@ -11,8 +11,6 @@ from protocol.documents import digest_of, payload_of
 from protocol.errors import FormatUnknown, LocalProblem, PayloadInvalid
 from verify.calibration import (
     CHEATS,
-    DEFAULT_TOLERANCES,
-    START_TOLERANCE,
     Calibration,
     CalibrationProgress,
     calibrate,
@@ -20,6 +18,7 @@ from verify.calibration import (
     read_calibration,
 )
 from verify.laboratory import Laboratory
+from verify.tolerances import DEFAULT_TOLERANCES, START_TOLERANCE
 from verify.variants import Variant, variants_here
 
 PLAIN = Variant(device="cpu", capability="native", threads=1, attention="default", parts=1)
