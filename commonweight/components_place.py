@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from protocol.errors import LocalProblem, PackageMissing, UsageError
+from commonweight.extras import not_installed
+from protocol.errors import LocalProblem, UsageError
 from protocol.printing import printable
 
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -34,10 +35,7 @@ def find_components(place: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise PackageMissing(
-            "Fetching networks needs huggingface_hub, which is not installed; in the project's folder, `pip install -c "
-            "constraints.txt '.[encoders]'` installs it."
-        ) from None
+        raise not_installed("Fetching networks needs huggingface_hub", "encoders") from None
     name, _, revision = place.partition("@")
     try:
         found = snapshot_download(

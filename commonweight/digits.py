@@ -13,9 +13,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from commonweight.extras import not_installed
 from coordinator.settings_sections import DataSettings
 from diloco.shards import Halves, ShardInfo, pack_shard
-from protocol.errors import PackageMissing
 
 NAMES: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELDOUT_SHARE: Final = 5
@@ -58,9 +58,7 @@ def load_digits() -> Digits:
     try:
         from sklearn import datasets
     except ImportError:
-        raise PackageMissing(
-            "The digits come with scikit-learn, which is not installed; `pip install 'commonweight[demo]'` installs it."
-        ) from None
+        raise not_installed("The digits come with scikit-learn", "demo") from None
     bunch = datasets.load_digits()
     pixels = (np.asarray(bunch.images) / _LARGEST_PIXEL).astype(np.float32)
     labels = np.asarray(bunch.target).astype(np.int64)

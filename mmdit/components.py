@@ -51,7 +51,11 @@ _AT_ONCE: Final = 32
 def require_networks(components: Path, conditioning: EncodersConfig, vae: VaeSpace | None) -> None:
     """Raise `ComponentsMissing` unless a folder holds these very networks."""
     for encoder in conditioning.encoders:
-        _require_digest(encoder.name, encoder.sha256, *(components / folder for folder in FOLDERS[encoder.name]))
+        _require_digest(
+            f"the text encoder {encoder.name}",
+            encoder.sha256,
+            *(components / folder for folder in FOLDERS[encoder.name]),
+        )
     if vae is not None:
         _require_digest("the autoencoder", vae.sha256, components / VAE_FOLDER)
 
@@ -191,7 +195,7 @@ def load_encoders(
         if encoder.name in without:
             continue
         network, tokenizer = (components / folder for folder in FOLDERS[encoder.name])
-        _require_digest(encoder.name, encoder.sha256, network, tokenizer)
+        _require_digest(f"the text encoder {encoder.name}", encoder.sha256, network, tokenizer)
         loaded = load_whole(getattr(transformers, CLASSES[encoder.name]), network, dtype=published_dtype(network))
         halve(loaded)
         reads = load_tokenizer(transformers.AutoTokenizer, tokenizer)
@@ -209,13 +213,15 @@ def _try(encoders: TextEncoders, components: Path) -> None:
         try:
             (text,) = encoders.column(encoder, ["a caption"])
         except Exception as error:  # whatever a library makes of files that do not fit each other
-            raise ComponentsMissing(f"{encoder.name} in {components} reads no caption: {error}") from None
+            raise ComponentsMissing(
+                f"the text encoder {encoder.name} in {components} reads no caption: {error}"
+            ) from None
         assert text is not None
         found = (text.tokens.shape[1], len(text.pooled))
         if found != (encoder.width, encoder.pooled) or len(text.tokens) > encoder.tokens:
             raise ComponentsMissing(
-                f"{encoder.name} in {components} gives tokens of {found[0]} and a pooled vector of {found[1]}, but "
-                f"{encoder.width} and {encoder.pooled} are needed"
+                f"the text encoder {encoder.name} in {components} gives tokens of {found[0]} and a pooled vector of "
+                f"{found[1]}, but {encoder.width} and {encoder.pooled} are needed"
             )
 
 
@@ -318,7 +324,8 @@ def library(name: str) -> Any:
             return found
     except ImportError:
         raise ComponentsMissing(
-            f"the networks need {name}, which is not installed; `pip install 'commonweight[encoders]'` installs it"
+            f"the networks need {name}, which is not installed; in the project's folder, `pip install -c "
+            "constraints.txt '.[encoders]'` installs it"
         ) from None
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from protocol.errors import PackageMissing, TargetMissed, UsageError
+from commonweight.extras import not_installed
+from protocol.errors import TargetMissed, UsageError
 
 if TYPE_CHECKING:  # torch is loaded only once the demo really draws
     from commonweight.demo import DemoOptions, DemoRun
@@ -80,9 +81,7 @@ def _check_packages() -> None:
 
     missing = [name for name in ("sklearn", "PIL", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise PackageMissing(
-            f"The demo needs {', '.join(missing)}; `pip install 'commonweight[demo]'` installs what is missing."
-        )
+        raise not_installed(f"The demo needs {', '.join(missing)}", "demo")
 
 
 def _shown(path: Path) -> Path:

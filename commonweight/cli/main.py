@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -93,11 +93,6 @@ def _paragraphs(function: object) -> str:
 _unwrap(app)
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and end the process with its exit code."""
-    sys.exit(run(arguments))
-
-
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default); return the exit code instead of ending the process."""
     try:
@@ -135,7 +130,3 @@ def _wrong_use(error: Exception) -> UsageError | None:
     translated = UsageError("see --help")
     translated.message = str(say())
     return translated
-
-
-if __name__ == "__main__":
-    main()

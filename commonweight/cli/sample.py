@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from commonweight.extras import not_installed
 from commonweight.locate import checkpoint_directory
 from protocol.errors import CheckpointCorrupt, CommonweightError, UsageError
 from protocol.printing import printable
@@ -233,7 +234,7 @@ def _read_picture(path: Path, width: int, height: int, channels: int) -> "ByteIm
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError:
-        raise UsageError("--init needs Pillow to read pictures; install commonweight[demo].") from None
+        raise not_installed("--init reads pictures with Pillow", "data") from None
     try:
         with open_plain(path) as file, Image.open(file, formats=known_formats()) as opened:
             if opened.width * opened.height > _MOST_INIT_PIXELS:

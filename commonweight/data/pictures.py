@@ -9,8 +9,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from commonweight.extras import not_installed
 from mmdit.space import ByteImages
-from protocol.errors import PackageMissing
 
 FORMATS: Final = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Others have decoders that start programs (EPS runs Ghostscript) or that hardly anybody has tried on hostile files."""
@@ -107,9 +107,7 @@ def decode(content: bytes, among: tuple[Bucket, ...], *, channels: int, least_si
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise PackageMissing(
-            "Pictures are read with Pillow, which is not installed; `pip install 'commonweight[data]'` installs it."
-        ) from None
+        raise not_installed("Pictures are read with Pillow", "data") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

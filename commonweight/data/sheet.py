@@ -8,10 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 from commonweight.data.dataset import Dataset, check_shard
+from commonweight.extras import not_installed
 from diloco.shards import Shard
 from mmdit.components import load_vae
 from mmdit.space import ByteImages, PixelSpace, space_from_json
-from protocol.errors import DatasetInvalid, PackageMissing, UsageError
+from protocol.errors import DatasetInvalid, UsageError
 
 PICTURES: Final = 64
 _CELL: Final = 128
@@ -52,9 +53,7 @@ def sheet_of(dataset: Dataset, components: Path | None) -> tuple[ByteImages, int
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
-        raise PackageMissing(
-            "A sheet is drawn with Pillow, which is not installed; `pip install 'commonweight[data]'` installs it."
-        ) from None
+        raise not_installed("A sheet is drawn with Pillow", "data") from None
     found = _pictures(dataset, components)
     cell = max(_CELL, *(max(shown.pixels.shape[:2]) for shown in found))
     across = math.ceil(math.sqrt(len(found)))

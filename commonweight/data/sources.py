@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from protocol.errors import PackageMissing, UsageError
+from commonweight.extras import not_installed
+from protocol.errors import UsageError
 from verify.plain_files import open_plain
 
 PICTURES: Final = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -282,9 +283,7 @@ def _pyarrow() -> Any:  # it has no types
     try:
         import pyarrow.parquet
     except ImportError:
-        raise PackageMissing(
-            "Parquet tables need pyarrow, which is not installed; `pip install 'commonweight[data]'` installs it."
-        ) from None
+        raise not_installed("Parquet tables need pyarrow", "data") from None
     return pyarrow.parquet
 
 

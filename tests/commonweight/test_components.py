@@ -190,7 +190,7 @@ def test_another_network_than_the_runs_is_refused(components: Path, tmp_path: Pa
     with pytest.raises(ComponentsMissing, match=r"clip_g .* another network"):
         load_encoders(other, config, "cpu")
     shutil.rmtree(other / "tokenizer_3")
-    with pytest.raises(ComponentsMissing, match="tokenizer_3, which t5 needs"):
+    with pytest.raises(ComponentsMissing, match="tokenizer_3, which the text encoder t5 needs"):
         load_encoders(other, config, "cpu", without=["clip_l", "clip_g"])
 
 

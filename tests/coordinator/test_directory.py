@@ -190,6 +190,6 @@ def test_keys_are_readable_by_their_owner_only(founded: tuple[RunDirectory, RunI
 
 @pytest.mark.parametrize("module", ["coordinator.serve", "coordinator.public", "coordinator.directory"])
 def test_processes_that_compute_nothing_do_not_load_torch(module: str) -> None:
-    """It takes three seconds and 200 MB, in each of them."""
+    """It takes seconds and 200 MB, in each of them."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0

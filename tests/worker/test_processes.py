@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def command(run: SmallRun, home: Path, *options: str) -> list[str]:
     return [
-        sys.executable, "-P", "-m", "commonweight.cli.main", "worker", "start", "--join", str(run.join),
+        sys.executable, "-P", "-m", "commonweight", "worker", "start", "--join", str(run.join),
         "--home", str(home), "--device", "cpu", "--threads", "1", "--accept-terms", "--json", *options,
     ]  # fmt: skip
 
