@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -11,23 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from protocol.errors import DatasetInvalid, DirectoryNotEmpty, ShardCorrupt, UsageError
-from protocol.printing import printable
+from commonweight.cli.data_words import caption_of, fetched, summary, suspicions
+from protocol.errors import DirectoryNotEmpty, UsageError
+from protocol.printing import counted, printable
 
 if TYPE_CHECKING:  # torch takes seconds to load; --help needs none of it
     from commonweight.data.dataset import Dataset
     from commonweight.data.prepare import Progress
     from mmdit.config import MMDiTConfig
-    from protocol.documents import DatasetManifest
     from protocol.keys import PrivateKey
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, inspect and check data sets.")
 
 _MIB: Final = 1 << 20
 _MOST_CAPTION: Final = 4096
-_MOST_REPORT_BYTES: Final = 16 << 20
 _SHEET: Final = 64
-_CHARACTERS: Final = ("least", "tenth", "median", "nine_tenths", "most")
 _EVERY_SECONDS: Final = 2.0
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared data set.")]
 
@@ -228,7 +226,7 @@ def prepare(
     began, sign_with = time.monotonic(), _curator(curator_key)
     with _told() as tell, said_as_usage(ComponentsMissing):
         manifest = make(source, out, recipe, sign_with, processes=processes or os.cpu_count() or 1, on_progress=tell)
-    _show(out, manifest, time.monotonic() - began)
+    _say(summary(out, manifest, time.monotonic() - began))
     typer.echo(f"signed with {curator_key}; keep it: later versions of the data set should have the same curator")
 
 
@@ -247,23 +245,15 @@ def inspect(
 ) -> None:
     """Say what is in a data set: pictures, sizes, licences, captions, bytes of a unit, and what looks suspicious."""
     from commonweight.data.dataset import open_dataset
-    from commonweight.data.layout import REPORT
 
     dataset = open_dataset(directory)
-    _show(directory, dataset.manifest, None)
+    _say(summary(directory, dataset.manifest, None))
     typer.echo(f"curator: {dataset.curator.hex}; root {dataset.manifest.root}")
-    if (directory / REPORT).is_file():
-        try:
-            lines = list(_suspicions(_report(directory)))
-        except (TypeError, KeyError, IndexError, AssertionError, AttributeError, ValueError):
-            lines = [f"{REPORT} can't be read"]  # nobody has signed for it
-        for line in lines:
-            typer.echo(printable(line))
-    for line in _fetched(dataset):
-        typer.echo(printable(line))
+    _say(suspicions(directory))
+    _say(fetched(dataset))
     if sheet is not None:
         count = _write_sheet(dataset, sheet, components)
-        typer.echo(printable(f"{sheet}: {_counted(count, 'picture')}"))
+        typer.echo(printable(f"{sheet}: {counted(count, 'picture')}"))
 
 
 @app.command()
@@ -283,31 +273,14 @@ def find(
         raise UsageError(f"No picture in {directory} has {key[:200]!r} in its key, nor has any that was left out.")
     for placed in found:
         held = " (held out)" if placed.shard == dataset.manifest.heldout.sha256 else ""
-        caption = _caption(dataset, placed.shard, placed.sample)
+        caption = caption_of(dataset, placed.shard, placed.sample)
         typer.echo(
             printable(
                 f"{placed.key}: shard {placed.shard}, sample {placed.sample}, {placed.width}x{placed.height}{held}: "
                 f"{caption}"
             )
         )
-    for line in others:
-        typer.echo(printable(line))
-
-
-def _caption(dataset: "Dataset", sha256: str, sample: int) -> str:
-    """Return a sample's caption in quotes, or why there is none."""
-    from diloco.shards import Shard
-
-    shards = (*dataset.manifest.shards, dataset.manifest.heldout)
-    path = next((dataset.path(shard) for shard in shards if shard.sha256 == sha256), None)
-    if path is None:
-        return "not a shard of the signed manifest"
-    try:
-        opened = Shard.open(path)
-        caption = opened.caption(sample) if 0 <= sample < opened.n else None
-    except (OSError, ShardCorrupt):
-        return "its shard can't be read"
-    return "no caption in the shard" if caption is None else repr(caption)
+    _say(others)
 
 
 @app.command(name="tiny-networks")
@@ -354,6 +327,11 @@ def verify(
         f"right: all {count} shards, the held-out one among them, are what the curator "
         f"{dataset.curator.hex[:12]} signed for, root {dataset.manifest.root[:12]}"
     )
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(printable(line))
 
 
 def _shape(preset: str) -> "MMDiTConfig":
@@ -404,116 +382,6 @@ def _told() -> "Iterator[Callable[[Progress], None]]":
     yield tell
     if terminal:
         typer.echo("", err=True)
-
-
-def _show(directory: Path, manifest: "DatasetManifest", seconds: float | None) -> None:
-    from commonweight.data.dataset import licences, sizes
-
-    samples = sum(shard.samples for shard in manifest.shards)
-    pictures, said = _pictures(samples, _report(directory))
-    total = sum(shard.size for shard in manifest.shards)
-    named = "" if manifest.name == directory.resolve().name else f"{manifest.name}, "
-    skipped = ", ".join(f"{reason.name} {reason.pictures}" for reason in manifest.skipped) or "none"
-    looked_at = pictures + manifest.heldout.samples + sum(reason.pictures for reason in manifest.skipped)
-    lines = [
-        (
-            f"{directory}: {named}{said} in "
-            f"{_counted(len(manifest.shards), 'shard')} ({_size(total)}), {manifest.heldout.samples:,} held out"
-        ),
-        f"sizes: {_listed(sizes(manifest).most_common())}",
-        f"licences: {_listed(licences(manifest).most_common())}",
-        f"skipped: {skipped}",
-        (
-            f"a unit that draws from k shards fetches about k x {_size(total / len(manifest.shards))}, "
-            f"{_size(total / samples)} a {'picture' if pictures == samples else 'sample'}"
-        ),
-    ]
-    if seconds is not None:
-        lines.append(f"in {seconds:.1f} s, {looked_at / max(seconds, 1e-9):.0f} pictures a second")
-    for line in lines:
-        typer.echo(printable(line))
-
-
-def _report(directory: Path) -> dict[str, object]:
-    """Return the report; empty if there is none that can be read: nobody has signed for it."""
-    import json
-
-    from commonweight.data.layout import REPORT
-    from verify.plain_files import read_plain
-
-    try:
-        found = json.loads(read_plain(directory / REPORT, _MOST_REPORT_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _pictures(samples: int, report: dict[str, object]) -> tuple[int, str]:
-    """Return how many pictures there are, and words for it: one that is there in several sizes is several samples."""
-    pictures, sizes = report.get("pictures"), report.get("sizes_of_a_picture")
-    if isinstance(pictures, int) and isinstance(sizes, int) and sizes > 1 and 0 < pictures < samples:
-        up_to = "" if pictures * sizes == samples else "up to "
-        return pictures, f"{_counted(pictures, 'picture')}, in {up_to}{sizes} sizes ({samples:,} samples),"
-    return samples, _counted(samples, "picture")
-
-
-def _counted(count: object, what: str) -> str:
-    return f"{count:,} {what}" + ("" if count == 1 else "s") if isinstance(count, int) else f"{count} {what}s"
-
-
-def _listed(counts: Sequence[tuple[str, int]]) -> str:
-    shown = ", ".join(f"{name} {count:,}" for name, count in counts[:8])
-    return shown + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
-
-
-def _fetched(dataset: "Dataset") -> Iterator[str]:
-    """What a unit fetches with this data set, and with other choices; of encoders, or of latents that may want some."""
-    from commonweight.data.dataset import check_shard
-    from commonweight.data.fetched import choices
-    from diloco.shards import Shard
-    from mmdit.encoders import EncodersConfig, conditioning_from_json
-    from mmdit.space import PixelSpace, space_from_json
-
-    first = dataset.manifest.shards[0]
-    check_shard(dataset, first)
-    opened, encoder = Shard.open(dataset.path(first)), dataset.manifest.encoder
-    try:
-        conditioning, space = conditioning_from_json(encoder["conditioning"]), space_from_json(encoder["space"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DatasetInvalid(f"The manifest describes no encoder: {error}.") from None
-    own = conditioning if isinstance(conditioning, EncodersConfig) else None
-    if own is None and isinstance(space, PixelSpace):
-        return
-    captions = [len(opened.caption(i) or "") for i in range(opened.n)]
-    yield f"fetched for a shard of {opened.n:,} pictures: {_size(first.size)}; with other choices of text:"
-    for choice in choices(space, own, sum(captions) / opened.n):
-        total = choice.picture_bytes * opened.n
-        mark = " (this set)" if choice.own else ""
-        size = f"{_size(total):>9}, {_size(choice.picture_bytes):>9} a picture"
-        yield f"  {choice.name:<45} {size}  {choice.options}{mark}"
-
-
-def _suspicions(report: dict[str, object]) -> Iterator[str]:
-    characters = report["caption_characters"]
-    assert isinstance(characters, dict)
-    yield "caption characters: " + ", ".join(f"{name.replace('_', ' ')} {characters[name]}" for name in _CHARACTERS)
-    for name, words in (
-        ("repeated_captions", "repeated caption: {caption!r}, {pictures}"),
-        ("near_duplicates", "look alike: {pictures} under {captions}, such as {keys[0]}"),
-        ("words_of_look_alikes", "only with pictures that look alike: the word {word!r}, {pictures}"),
-    ):
-        found = report[name]
-        assert isinstance(found, list)
-        for entry in found[:3]:
-            counted = {name: _counted(entry[name], name[:-1]) for name in ("pictures", "captions") if name in entry}
-            yield words.format(**{**entry, **counted})
-
-
-def _size(count: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count:.0f} B"
 
 
 def _write_sheet(dataset: "Dataset", path: Path, components: str | None) -> int:
