@@ -68,7 +68,7 @@ class Weighed:
 def plan_if_due(desk: Desk) -> MergePlan | None:
     """Return what to merge if the round that collects must close now, by its rule."""
     current = desk.store.latest_round()
-    if current is None or not _is_due(desk, current):
+    if current is None or not _is_due(desk, current, desk.store.ready_count(current.round)):
         return None
     entries = _entries(desk)
     weighs = desk.config.verification.mode == "replay"
@@ -80,13 +80,13 @@ def plan_if_due(desk: Desk) -> MergePlan | None:
     )
 
 
-def _is_due(desk: Desk, current: Round) -> bool:
+def _is_due(desk: Desk, current: Round, ready: int) -> bool:
     if current.state is not RoundState.COLLECTING:
         return False
     counts = desk.store.unit_counts(current.round)
     facts = RoundFacts(
         now_ms=desk.clock.now_ms(),
-        ready=desk.store.ready_count(current.round),
+        ready=ready,
         ended=counts.get(UnitState.SETTLED, 0),
         total=sum(counts.values()),
     )
@@ -135,7 +135,8 @@ def close(desk: Desk, plan: MergePlan, weighed: Weighed) -> Round | None:
     """Fix the round's merge set and return it closed.
 
     None if it must be planned again: a delta turned out to be an outlier and is audited first, or something of the plan
-    may not be merged any more.
+    may not be merged any more. Work that came since the plan was made does not count: it was not weighed, and a round
+    that closed on its account could be left with nothing to merge.
     """
     store = desk.store
     current = store.latest_round()
@@ -146,13 +147,13 @@ def close(desk: Desk, plan: MergePlan, weighed: Weighed) -> Round | None:
     for claim, reason in weighed.outliers.items():
         why = AuditReason.FEW if reason == "few" else AuditReason.OUTLIER
         auditing.put_in_doubt(desk, mergeable[Digest(claim)][1], why)
-    if not _is_due(desk, current):
-        return None
     merge = tuple(
         replace(entry, weight=weighed.weights[entry.claim])
         for entry in plan.entries
         if entry.claim not in weighed.outliers
     )
+    if not _is_due(desk, current, ready=sum(entry.round == current.round for entry in merge)):
+        return None
     for entry in merge:
         unit, attempt = mergeable[Digest(entry.claim)]
         accepted, _ = advance_unit(unit, UnitAccepted(lease=attempt.lease))

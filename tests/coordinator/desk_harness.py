@@ -244,9 +244,12 @@ class Office(Records):
         """Return what the round would merge if it closed now."""
         return self._decide(settling.plan_if_due)
 
-    def close(self, outliers: Collection[Work] = ()) -> bool:
-        """Close the round if it is due and stays so when the outliers are put aside; the deltas weigh the same."""
-        plan = self.plan()
+    def close(self, outliers: Collection[Work] = (), plan: settling.MergePlan | None = None) -> bool:
+        """Close the round if it is due and stays so when the outliers are put aside; the deltas weigh the same.
+
+        As it was planned before (`plan`), or as it is planned now.
+        """
+        plan = plan or self.plan()
         if plan is None:
             return False
         standing_out = {str(digest_of(work.claim)): "norm" for work in outliers}
