@@ -28,8 +28,9 @@ from diloco.sketch import sketch
 from protocol import layout
 from protocol.documents import Artifact, FileEntry, RunConfig
 from protocol.errors import Bug, BytesRefused, CheckpointCorrupt, CommonweightError, SketchMismatch
-from verify.admission import admit_delta, file_sha256
+from verify.admission import admit_delta
 from verify.compare import sketch_difference
+from verify.plain_files import file_sha256
 from verify.replay import codec_config, conditioning_config, delta_schema, merge_rules, model_config, shard_set
 
 logger = logging.getLogger(__name__)

@@ -1,15 +1,12 @@
 """Is this file the delta that was claimed? Everything is checked before a byte of it counts."""
 
-import hashlib
 from pathlib import Path
-from typing import Final
 
 from diloco.container import Container
 from protocol.documents import Artifact, RunConfig
 from protocol.errors import ContentMismatch, DeltaOversized, DeltaTruncated, DigestMismatch
+from verify.plain_files import file_sha256
 from verify.replay import codec_config, delta_schema
-
-_CHUNK: Final = 1 << 20
 
 
 def admit_delta(
@@ -46,12 +43,3 @@ def admit_delta(
         raise ContentMismatch(
             f"The delta's codes and scales do not have the content digest {artifact.content_sha256[:12]} of its claim."
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hex digits, read in chunks."""
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            hasher.update(chunk)
-    return hasher.hexdigest()

@@ -16,8 +16,7 @@ from protocol.errors import CheckpointCorrupt, WrongRun
 from protocol.keys import PublicKey
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
 from protocol.trust import RunTrust
-from verify.admission import file_sha256
-from verify.plain_files import read_plain
+from verify.plain_files import file_sha256, read_plain
 
 _MAX_KEY_BYTES = 1024
 

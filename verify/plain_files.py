@@ -4,6 +4,7 @@ A named pipe in place of a small file would hold its reader for ever, and a devi
 """
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -44,6 +45,12 @@ def read_plain(path: Path, max_bytes: int) -> bytes:
     if len(raw) > max_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {max_bytes:,} bytes", str(path))
     return raw
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits; its bytes are not in memory at once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _not_plain(path: Path) -> OSError:

@@ -35,9 +35,10 @@ from protocol.errors import (
     UsageError,
 )
 from protocol.keys import PublicKey
-from verify.admission import admit_delta, file_sha256
+from verify.admission import admit_delta
 from verify.checkpoint import check_file, open_run
 from verify.history import check_history, check_log, check_takedown_lists, read_history
+from verify.plain_files import file_sha256
 from verify.replay import (
     check_numerics,
     codec_config,

@@ -29,8 +29,8 @@ from protocol.limits import GIB, MAX_PUBLIC_DOCUMENT_BYTES
 from protocol.log import EMPTY_LOG_HEAD, LogEntry, read_log
 from protocol.takedowns import check_takedowns, samples_taken_down
 from protocol.trust import RunTrust
-from verify.admission import file_sha256
 from verify.checkpoint import read_limited
+from verify.plain_files import file_sha256
 from worker.bases import Files, fetch_weights
 from worker.cache import FileCache, Wanted
 from worker.home import WorkerHome

@@ -94,7 +94,7 @@ def artifact_of(path: Path, config: RunConfig, unit: UnitId) -> Artifact:
         BytesRefused: size or header are not those of a delta of this unit.
     """
     from diloco.container import Container
-    from verify.admission import file_sha256
+    from verify.plain_files import file_sha256
     from verify.replay import codec_config, delta_schema
 
     container = Container.open(path, delta_schema(config), codec_config(config), bytes.fromhex(unit))

@@ -34,9 +34,9 @@ from diloco.weigh import weigh_delta
 from protocol import layout
 from protocol.assignment import unit_shards
 from protocol.documents import Artifact, Digest, Verification
-from verify.admission import file_sha256
 from verify.attacks import ATTACKS, Delta, world_of
 from verify.compare import Comparison, compare
+from verify.plain_files import file_sha256
 from verify.replay import codec_config, conditioning_config, delta_schema, model_config, shard_set, unit_spec_of
 from verify.weights import Candidate, merge_weights, needs_sketches
 

@@ -252,7 +252,7 @@ def _facts(place: Path, role: str, *, raw: bool) -> dict[str, object]:
     """What a picture says of a checkpoint that it was drawn with; a run's id only if the run has signed for that."""
     from commonweight.provenance import provenance
     from mmdit.export import weights_path
-    from verify.admission import file_sha256
+    from verify.plain_files import file_sha256
 
     path = weights_path(place, ema=False if raw else None)
     try:

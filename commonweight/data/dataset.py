@@ -13,8 +13,7 @@ from protocol.documents import DatasetManifest, PreparedShard, verify
 from protocol.errors import DatasetInvalid, DocumentRefused, ShardCorrupt, UsageError
 from protocol.keys import PublicKey
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES
-from verify.admission import file_sha256
-from verify.plain_files import open_plain, read_plain
+from verify.plain_files import file_sha256, open_plain, read_plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

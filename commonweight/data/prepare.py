@@ -36,7 +36,7 @@ from protocol.documents import Counted, DatasetManifest, PreparedShard, sign
 from protocol.errors import DirectoryInUse, DirectoryNotEmpty, PackageMissing, UsageError
 from protocol.keys import PrivateKey
 from protocol.limits import MAX_PUBLIC_DOCUMENT_BYTES, MAX_SHARD_BYTES
-from verify.admission import file_sha256
+from verify.plain_files import file_sha256
 
 _SHARD_NAME: Final = re.compile(r"[0-9a-f]{64}\.safetensors")
 _INDEX: Final = "index.jsonl"

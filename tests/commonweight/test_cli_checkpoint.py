@@ -19,8 +19,8 @@ from protocol.errors import (
     WrongRun,
 )
 from tests.verify.examples import RUN, STRANGER, PublishedRun
-from verify.admission import file_sha256
 from verify.checkpoint import open_run
+from verify.plain_files import file_sha256
 
 
 @pytest.fixture

@@ -188,7 +188,10 @@ def test_keys_are_readable_by_their_owner_only(founded: tuple[RunDirectory, RunI
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
 
-@pytest.mark.parametrize("module", ["coordinator.serve", "coordinator.public", "coordinator.directory"])
+@pytest.mark.parametrize(
+    "module",
+    [f"coordinator.{name}" for name in ("serve", "control_process", "public", "directory", "status", "takedowns")],
+)
 def test_processes_that_compute_nothing_do_not_load_torch(module: str) -> None:
     """It takes seconds and 200 MB, in each of them."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -50,7 +50,7 @@ from protocol.documents import (
 from protocol.envelope import parse_envelope
 from protocol.keys import PrivateKey
 from protocol.log import EMPTY_LOG_HEAD, LogEntry, log_line, next_head
-from verify.admission import file_sha256
+from verify.plain_files import file_sha256
 from verify.policy import ONE, weigh_seed
 from verify.replay import codec_config, delta_schema, merge_rules, replay_unit
 from verify.weights import Candidate, merge_weights

@@ -24,7 +24,8 @@ from protocol.errors import (
     DigestMismatch,
 )
 from tests.verify.examples import PublishedRun
-from verify.admission import admit_delta, file_sha256
+from verify.admission import admit_delta
+from verify.plain_files import file_sha256
 from verify.replay import codec_config, delta_schema
 
 

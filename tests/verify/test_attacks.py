@@ -16,7 +16,7 @@ from diloco.streams import Stream
 from diloco.unit import run_unit
 from protocol.documents import Artifact
 from protocol.errors import DeltaNotFinite
-from verify.admission import admit_delta, file_sha256
+from verify.admission import admit_delta
 from verify.attacks import (
     ATTACKS,
     PROTOCOL_ATTACKS,
@@ -30,6 +30,7 @@ from verify.attacks import (
 )
 from verify.compare import compare, judge, least_raw_difference
 from verify.hiding import Room, encode_coarsely, hide
+from verify.plain_files import file_sha256
 from verify.replay import codec_config, delta_schema
 from verify.tolerances import DEFAULT_TOLERANCES
 

@@ -17,8 +17,8 @@ from protocol.errors import (
     WrongRun,
 )
 from tests.verify.examples import COORDINATOR, ROOT, RUN, STRANGER, PublishedRun
-from verify.admission import file_sha256
 from verify.checkpoint import verify_checkpoint
+from verify.plain_files import file_sha256
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from protocol.errors import (
     WrongRun,
 )
 from tests.verify.examples import COORDINATOR, OWNERS, ROOT, RUN, STRANGER, UNCHECKED, PublishedRun, publish_run
-from verify.admission import file_sha256
+from verify.plain_files import file_sha256
 from verify.rebuild import RebuiltRound, rebuild
 
 

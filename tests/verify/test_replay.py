@@ -13,7 +13,7 @@ from protocol.assignment import unit_samples, unit_seed
 from protocol.documents import RunConfig, UnitId
 from protocol.errors import NumericsMismatch, PayloadInvalid
 from tests.verify.examples import CONDITIONING, MODEL, SPACE, PublishedRun, lease_of, run_config, shards_of
-from verify.admission import file_sha256
+from verify.plain_files import file_sha256
 from verify.replay import (
     check_numerics,
     codec_config,

@@ -13,7 +13,7 @@ from protocol.errors import BytesRefused, NotServed
 from protocol.trust import RunTrust
 from tests.verify.examples import RUN, PublishedRun, publish_run
 from tests.worker.files_server import FilesServer, serving
-from verify.admission import file_sha256
+from verify.plain_files import file_sha256
 from worker.cache import FileCache
 from worker.library import Library, Needs
 from worker.line import BreakOff
