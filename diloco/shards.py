@@ -337,17 +337,14 @@ class ShardSet:
     def _heard(
         self, places: Sequence[tuple[Shard, int]], heard: Sequence[Sequence[int]] | None
     ) -> list[list[Encoded | None]]:
-        encoded = self.texts.encoded(places)
         if heard is None:
-            return [list(texts) for texts in encoded]
+            return [list(texts) for texts in self.texts.encoded(places)]
+        encoded = self.texts.encoded(places, [[state == KEPT for state in states] for states in heard])
         found: list[list[Encoded | None]] = []
         for (shard, _), texts, states in zip(places, encoded, heard, strict=True):
             empty = self.texts.empty(shard) if EMPTY in states else texts
             found.append(
-                [
-                    None if state == SILENT else (one if state == KEPT else nothing)
-                    for state, one, nothing in zip(states, texts, empty, strict=True)
-                ]
+                [nothing if state == EMPTY else one for state, one, nothing in zip(states, texts, empty, strict=True)]
             )
         return found
 

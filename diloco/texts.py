@@ -17,7 +17,10 @@ _CACHED: Final = 64
 _CACHED_BYTES: Final = 256 * 1024
 """Of one caption's tokens at most, so that what is kept stays a few megabytes; longer ones are made each time."""
 
-Encode = Callable[[Sequence[str]], Sequence[Sequence[Encoded | None]]]
+Kept = Sequence[Sequence[bool]]
+"""For each sample and part whether its text is heard; what is not need not be made, and is None instead."""
+
+Encode = Callable[[Sequence[str], Kept | None], Sequence[Sequence[Encoded | None]]]
 """What runs a run's text encoders: for each caption one text for each part (`mmdit.components.TextEncoders.encode`)."""
 
 
@@ -41,8 +44,10 @@ class TextSource(Protocol):
         """Its encoders, and where their numbers go."""
         ...
 
-    def encoded(self, samples: Sequence[tuple[TextHolder, int]]) -> Sequence[Sequence[Encoded]]:
-        """Return for each sample one text for each part."""
+    def encoded(
+        self, samples: Sequence[tuple[TextHolder, int]], kept: Kept | None = None
+    ) -> Sequence[Sequence[Encoded | None]]:
+        """Return for each sample one text for each part, but for those that are not `kept`; None keeps all."""
         ...
 
     def empty(self, holder: TextHolder) -> Sequence[Encoded]:
@@ -60,9 +65,14 @@ class StoredTexts:
 
     layout: TextLayout
 
-    def encoded(self, samples: Sequence[tuple[TextHolder, int]]) -> Sequence[Sequence[Encoded]]:
+    def encoded(
+        self, samples: Sequence[tuple[TextHolder, int]], kept: Kept | None = None
+    ) -> Sequence[Sequence[Encoded | None]]:
         """Read the shards; raises `TextMissing`."""
-        return [[_stored(holder, part, i) for part in self.layout.parts] for holder, i in samples]
+        return [
+            [_stored(holder, part, i) if one else None for part, one in zip(self.layout.parts, heard, strict=True)]
+            for (holder, i), heard in zip(samples, _kept(samples, self.layout, kept), strict=True)
+        ]
 
     def empty(self, holder: TextHolder) -> Sequence[Encoded]:
         """Read a shard; raises `TextMissing`. Without a name it is the embedded encoder, for which it is nothing."""
@@ -84,11 +94,19 @@ class CaptionTexts:
     encode: Encode | None
     _empty: Sequence[Encoded] | None = None
 
-    def encoded(self, samples: Sequence[tuple[TextHolder, int]]) -> Sequence[Sequence[Encoded]]:
-        """Read the shards, and encode the captions of all samples whose text is not there; raises `TextMissing`."""
+    def encoded(
+        self, samples: Sequence[tuple[TextHolder, int]], kept: Kept | None = None
+    ) -> Sequence[Sequence[Encoded | None]]:
+        """Read the shards, and encode the captions of all samples whose text is not there; raises `TextMissing`.
+
+        Each encoder gets those captions alone that are to be heard through it: with Stable Diffusion 3's dropout about
+        half of them.
+        """
+        heard = _kept(samples, self.layout, kept)
         held = [self._held(holder, i) for holder, i in samples]
         missing = [number for number, texts in enumerate(held) if texts is None]
-        made = iter(self._encode([_caption(*samples[number]) for number in missing]))
+        captions = [_caption(*samples[number]) for number in missing]
+        made = iter(self._encode(captions, [heard[number] for number in missing]))
         return [next(made) if texts is None else texts for texts in held]
 
     def empty(self, holder: TextHolder) -> Sequence[Encoded]:
@@ -97,7 +115,8 @@ class CaptionTexts:
         if held is not None:
             return held
         if self._empty is None:
-            (self._empty,) = self._encode([""])
+            (texts,) = self._encode([""], [[True] * len(self.layout.parts)])
+            self._empty = [text for text in texts if text is not None]
         return self._empty
 
     def _held(self, holder: TextHolder, i: int | None) -> Sequence[Encoded] | None:
@@ -105,18 +124,20 @@ class CaptionTexts:
         found = [text for text in texts if text is not None]
         return found if len(found) == len(texts) else None
 
-    def _encode(self, captions: Sequence[str]) -> Sequence[Sequence[Encoded]]:
+    def _encode(self, captions: Sequence[str], kept: Kept) -> Sequence[Sequence[Encoded | None]]:
         if not captions:
             return ()
         if self.encode is None:
             raise TextMissing("it holds captions alone, and no text encoder is loaded to hear them")
-        whole = []
-        for texts in self.encode(captions):
-            found = [text for text in texts if text is not None]
-            if len(found) != len(self.layout.parts):
+        made = self.encode(captions, kept)
+        for texts, heard in zip(made, kept, strict=True):
+            if any(text is None and one for text, one in zip(texts, heard, strict=True)):
                 raise TextMissing("a text encoder of the run is not loaded")
-            whole.append(found)
-        return whole
+        return made
+
+
+def _kept(samples: Sequence[tuple[TextHolder, int]], layout: TextLayout, kept: Kept | None) -> Kept:
+    return [[True] * len(layout.parts)] * len(samples) if kept is None else kept
 
 
 def _caption(holder: TextHolder, i: int) -> str:
@@ -137,9 +158,14 @@ class ByteTexts:
         """The embedded encoder alone."""
         return self.conditioning.layout
 
-    def encoded(self, samples: Sequence[tuple[TextHolder, int]]) -> Sequence[Sequence[Encoded]]:
+    def encoded(
+        self, samples: Sequence[tuple[TextHolder, int]], kept: Kept | None = None
+    ) -> Sequence[Sequence[Encoded | None]]:
         """Encode captions, or read what was encoded; raises `TextMissing`."""
-        return [[self._text(holder, i)] for holder, i in samples]
+        return [
+            [self._text(holder, i) if one else None]
+            for (holder, i), (one,) in zip(samples, _kept(samples, self.layout, kept), strict=True)
+        ]
 
     def empty(self, holder: TextHolder) -> Sequence[Encoded]:  # noqa: ARG002  it is the same for all
         """No tokens and zeros."""

@@ -83,19 +83,27 @@ class TextEncoders:
     loaded: Mapping[EncoderName, tuple[_Tokenizer, _Network]]
     device: str
 
-    def encode(self, captions: Sequence[str]) -> list[list[Encoded | None]]:
+    def encode(
+        self, captions: Sequence[str], kept: Sequence[Sequence[bool]] | None = None
+    ) -> list[list[Encoded | None]]:
         """Return for each caption what each encoder of `config.encoders` makes of it; None if it is not loaded.
+
+        Args:
+            kept: for each caption and encoder whether that is wanted; None in place of what is not. None wants all.
 
         Raises:
             ValueError: a caption is no Unicode.
         """
         if odd := next((caption for caption in captions if not _is_unicode(caption)), None):
             raise ValueError(f"caption {odd[:40]!r} has a character that Unicode does not have")
-        found: list[list[Encoded | None]] = []
-        for first in range(0, len(captions), _AT_ONCE):
-            part = list(captions[first : first + _AT_ONCE])
-            columns = [self.column(encoder, part) for encoder in self.config.encoders]
-            found += [list(texts) for texts in zip(*columns, strict=True)]
+        found: list[list[Encoded | None]] = [[None] * len(self.config.encoders) for _ in captions]
+        for place, encoder in enumerate(self.config.encoders):
+            wanted = [number for number in range(len(captions)) if kept is None or kept[number][place]]
+            for first in range(0, len(wanted), _AT_ONCE):
+                numbers = wanted[first : first + _AT_ONCE]
+                texts = self.column(encoder, [captions[number] for number in numbers])
+                for number, text in zip(numbers, texts, strict=True):
+                    found[number][place] = text
         return found
 
     def column(self, encoder: TextEncoder, captions: list[str]) -> Sequence[Encoded | None]:

@@ -173,6 +173,18 @@ def test_other_captions_are_other_numbers(components: Path) -> None:
         assert np.abs(a.tokens.astype(np.float32) - b.tokens.astype(np.float32)).mean() > 0.1
 
 
+def test_an_encoder_runs_only_over_the_captions_that_are_wanted_of_it(components: Path) -> None:
+    config = describe(components)
+    encoders = load_encoders(components, config, "cpu")
+    kept = [[True, False, True], [False, False, True]]
+    some, whole = encoders.encode(["a red ring", "two hearts"], kept), encoders.encode(["a red ring"])
+    assert [[text is not None for text in texts] for texts in some] == kept
+    assert some[0][0] is not None
+    assert whole[0][0] is not None
+    np.testing.assert_array_equal(some[0][0].tokens, whole[0][0].tokens)  # alone in its batch, as it is there
+    assert encoders.encode(["a red ring"], [[False] * 3]) == [[None] * 3]
+
+
 def test_an_encoder_can_be_left_out(components: Path) -> None:
     config = describe(components)
     (texts,) = load_encoders(components, config, "cpu", without=["t5", "clip_g"]).encode(["a red circle"])

@@ -181,27 +181,31 @@ def test_a_shard_without_what_the_run_hears_is_refused() -> None:
         ShardSet([shard])
 
 
-def heard(captions: Sequence[str]) -> list[list[Encoded | None]]:
-    """What the encoders of `NAMED` make of captions: their length, and how many there are in the batch."""
+def heard(captions: Sequence[str], kept: Sequence[Sequence[bool]] | None = None) -> list[list[Encoded | None]]:
+    """What the encoders of `NAMED` make of captions: their length, and how many there are in the encoder's batch."""
+    kept = kept or [[True] * len(NAMED.parts)] * len(captions)
+    together = [sum(column) for column in zip(*kept, strict=True)]
     return [
         [
             Encoded(
                 tokens=np.full((1, part.width), len(caption), dtype=np.float16),
-                pooled=np.full(part.pooled, len(captions), dtype=np.float16),
+                pooled=np.full(part.pooled, count, dtype=np.float16),
             )
-            for part in NAMED.parts
+            if wanted
+            else None
+            for part, count, wanted in zip(NAMED.parts, together, states, strict=True)
         ]
-        for caption in captions
+        for caption, states in zip(captions, kept, strict=True)
     ]
 
 
-def test_captions_are_heard_by_encoders_that_run_here_a_whole_batch_at_a_time() -> None:
+def test_captions_are_heard_by_encoders_that_run_here_each_of_which_gets_those_alone_that_it_is_to_hear() -> None:
     shard = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, captions=["four", "sevens!"]))
     shards = ShardSet([shard], CaptionTexts(layout=NAMED, encode=heard))
     for _ in range(2):  # nothing is kept: whoever trains again must make the same batches
         _, text, pooled = shards.batch([1, 0, 1], 5, [(KEPT, KEPT, KEPT), (KEPT, SILENT, KEPT), (EMPTY, KEPT, EMPTY)])
         assert text[:, 0, 0].tolist() == [7, 4, 0]
-        assert pooled.tolist() == [[3, 3, 3, 0], [3, 0, 0, 0], [1, 3, 3, 0]]
+        assert pooled.tolist() == [[2, 2, 2, 0], [2, 0, 0, 0], [1, 2, 2, 0]]
 
 
 def test_text_that_a_shard_holds_is_not_encoded_again() -> None:
@@ -216,7 +220,7 @@ def test_text_that_a_shard_holds_is_not_encoded_again() -> None:
 
 def test_captions_alone_say_nothing_where_no_encoder_is_loaded() -> None:
     shard = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, captions=["a", "b"]))
-    for encode in (None, lambda captions: [[None] * 3 for _ in captions]):
+    for encode in (None, lambda captions, _kept: [[None] * 3 for _ in captions]):
         with pytest.raises(ShardCorrupt, match=r"is (not )?loaded"):
             ShardSet([shard], CaptionTexts(layout=NAMED, encode=encode)).batch([0], 5)
     without = Shard.open(pack_shard(halves(2, 1, 2, 2), INFO, parts={"clip_l": named_parts(2)["clip_l"]}))
