@@ -50,6 +50,16 @@ def find_components(place: str) -> Path:
     return Path(found)
 
 
+def hub_source(place: str, folder: Path) -> str:
+    """Return where others get the networks of a folder that `find_components` found: of a hub, the very revision.
+
+    Nothing if the place is a folder: where that came from is not known.
+    """
+    if Path(place).is_dir():
+        return ""
+    return f"{place.partition('@')[0]}@{folder.name}"  # the hub's cache names folders by their commit
+
+
 @contextmanager
 def said_as_usage(kind: type[ValueError] = ValueError) -> Iterator[None]:
     """Turn what does not fit in the options of a command into a `UsageError` with the same words."""

@@ -114,6 +114,8 @@ def _networks(encoders: EncodersConfig | None, autoencoder: VaeSpace | None, *, 
     yield ""
     yield "The model was trained with these, which the run did not make: they are others' work, with licences of their"
     yield f"own. {'They are here as they were, so' if whole else 'They are not here:'} look where they were published."
+    if encoders is not None and encoders.source:
+        yield f"The text encoders were got from {_plain(encoders.source)}."
     yield ""
     for encoder in () if encoders is None else encoders.encoders:
         yield f"- Text encoder `{encoder.name}`, SHA-256 of its files `{encoder.sha256}`"

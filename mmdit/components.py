@@ -146,6 +146,7 @@ def describe_encoders(
     padding: Padding,
     t5_tokens: int = T5_TOKENS,
     stored: bool = True,
+    source: str = "",
 ) -> EncodersConfig:
     """Return what a run config says of the text encoders in a folder.
 
@@ -153,7 +154,7 @@ def describe_encoders(
         components: the folder.
         names: which of them, in the order of Stable Diffusion 3.
         token_dim, pooled_dim: the model's.
-        padding, stored: see `EncodersConfig`.
+        padding, stored, source: see `EncodersConfig`.
         t5_tokens: rows that T5 is given.
 
     Raises:
@@ -166,6 +167,7 @@ def describe_encoders(
         pooled_dim=pooled_dim,
         padding=padding,
         stored=stored,
+        source=source,
     )
 
 

@@ -19,6 +19,7 @@ ENCODER_NAMES: Final[tuple[EncoderName, ...]] = (*CLIPS, "t5")
 Padding = Literal["encoder", "zeros"]
 _MOST_TOKENS: Final = 4096
 _WIDEST: Final = 65536
+_LONGEST_SOURCE: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,8 @@ class EncodersConfig:
             `StableDiffusion3Pipeline` has it; or "zeros", so that they need not be stored or fetched.
         stored: whether the shards that are trained on hold what the encoders make of their captions. If not, they hold
             captions alone, and whoever trains runs the encoders.
+        source: where others get these very networks, as whoever prepared the data says: OWNER/NAME@REVISION of a model
+            hub, or an address. It is told and never followed; the digests say whether they are the ones.
 
     Raises:
         ValueError: the encoders do not fit into the model's widths, or stand in another order.
@@ -77,6 +80,7 @@ class EncodersConfig:
     pooled_dim: int
     padding: Padding
     stored: bool = True
+    source: str = ""
 
     def __post_init__(self) -> None:
         names = [encoder.name for encoder in self.encoders]
@@ -88,6 +92,10 @@ class EncodersConfig:
             raise ValueError(f'padding is {self.padding!r}; it must be "encoder" or "zeros"')
         if not isinstance(self.stored, bool):
             raise ValueError(f"stored is {self.stored!r}; it must be true or false")
+        if not isinstance(self.source, str) or len(self.source) > _LONGEST_SOURCE or not self.source.isprintable():
+            raise ValueError(
+                f"source is {self.source!r:.80}; it must be a text of at most {_LONGEST_SOURCE} characters on one line"
+            )
         for name in ("token_dim", "pooled_dim"):
             value: object = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _WIDEST:

@@ -37,6 +37,12 @@ def heard_by_trainers(config: RunConfig) -> Sequence[Heard]:
             return ()
 
 
+def networks_source(config: RunConfig) -> str:
+    """Return where a run's text encoders can be got, as its data set's curator says; empty if he does not say."""
+    source = config.conditioning.get("source")
+    return printable(source) if isinstance(source, str) else ""
+
+
 def refuse_unnamed(config: RunConfig, *, named: bool) -> None:
     """Raise `NetworksMissing` if a run's units need text encoders here and nobody has said where they are.
 
@@ -45,8 +51,10 @@ def refuse_unnamed(config: RunConfig, *, named: bool) -> None:
     """
     heard = heard_by_trainers(config)
     if heard and not named:
+        source = networks_source(config)
+        get = f"Get them from {source}" if source else "Get the networks that the run's operator names"
+        names = ", ".join(encoder.name for encoder in heard)
         raise NetworksMissing(
-            "This run's shards hold captions alone: whoever trains runs its text encoders, "
-            f"{', '.join(encoder.name for encoder in heard)}. Get the networks that the run's operator names, and say "
+            f"This run's shards hold captions alone: whoever trains runs its text encoders, {names}. {get}, and say "
             "with --components in which folder they are."
         )

@@ -11,7 +11,7 @@ from protocol.canonical import canonical_json, parse_json
 from protocol.documents import Digest, RunConfig
 from protocol.errors import ConsentNeeded, PayloadInvalid
 from protocol.printing import printable, printable_text
-from verify.hearing import heard_by_trainers
+from verify.hearing import heard_by_trainers, networks_source
 from worker.durable import disk_named, write_durably
 
 Ask = Callable[[str], bool | None]
@@ -47,8 +47,10 @@ def _hearing(config: RunConfig) -> str:
     if not heard:
         return ""
     networks = ", ".join(f"{encoder.name} ({encoder.tokens} tokens)" for encoder in heard)
+    source = networks_source(config)
+    where = f" (to be had from {source})" if source else ""
     return (
-        f"\n- Your machine runs the run's text encoders besides: {networks}. It needs their networks, which "
+        f"\n- Your machine runs the run's text encoders besides: {networks}. It needs their networks{where}, which "
         "--components names, and the memory for them."
     )
 

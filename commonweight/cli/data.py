@@ -97,6 +97,14 @@ def prepare(
             "needs the encoders (worker start --components). The held-out pictures are encoded all the same.",
         ),
     ] = False,
+    networks_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Where others get the text encoders, as volunteers are told: an address, or OWNER/NAME@REVISION of a "
+            "model hub; default: what --components says, if that is of a hub.",
+        ),
+    ] = None,
     device: Annotated[Device, typer.Option(help="What the networks run on.")] = Device.AUTO,
     side: Annotated[
         list[int] | None,
@@ -184,6 +192,7 @@ def prepare(
             padding=padding.value,
             t5_tokens=t5_tokens,
             stored=not captions_only,
+            source=_source(networks_from, components, place),
         )
         conditioning, space = conditioning_for(shape, asked, place), space_for(shape, preset, place)
         encoder = encoder_for(space, conditioning, place, resolve_device(device.value) if place else "cpu")
@@ -340,6 +349,15 @@ def _shape(preset: str) -> "MMDiTConfig":
     if preset not in PRESETS:
         raise UsageError(f"--preset is {preset[:40]!r}; it must be one of {', '.join(sorted(PRESETS))}.")
     return PRESETS[preset]
+
+
+def _source(said: str | None, components: str | None, place: Path | None) -> str:
+    """Return where volunteers are told to get the text encoders."""
+    from commonweight.components_place import hub_source
+
+    if said is not None:
+        return said
+    return "" if components is None or place is None else hub_source(components, place)
 
 
 def _curator(path: Path) -> "Callable[[], PrivateKey]":

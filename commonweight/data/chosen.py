@@ -24,6 +24,7 @@ class AskedText:
         padding: of the text encoders.
         t5_tokens: tokens of T5.
         stored: whether shards hold what text encoders make of captions.
+        source: where others get the text encoders.
     """
 
     kind: Literal["byte-patch", "bytes", "encoders"]
@@ -32,6 +33,7 @@ class AskedText:
     padding: Padding
     t5_tokens: int
     stored: bool
+    source: str
 
 
 def conditioning_for(shape: MMDiTConfig, asked: AskedText, components: Path | None) -> Conditioning:
@@ -61,6 +63,7 @@ def conditioning_for(shape: MMDiTConfig, asked: AskedText, components: Path | No
         padding=asked.padding,
         t5_tokens=asked.t5_tokens,
         stored=asked.stored,
+        source=asked.source,
     )
 
 

@@ -253,6 +253,8 @@ def test_a_card_names_the_networks_of_others_and_how_to_give_them() -> None:
     whole = model_card(None, "bf16", encoders=encoders, autoencoder=vae, whole=True)
     assert 'commonweight sample . "a caption" -o picture.png\n' in whole
     assert "they are others' work, with licences of their" in whole
+    told = model_card(None, "bf16", encoders=replace(encoders, source="somebody/<networks>@1"))
+    assert "got from somebody/\\<networks\\>@1." in told
     assert "hands pixels through" in model_card(None, "bf16", encoders=encoders, whole=True)
     assert "others" not in model_card(None, "bf16")
 

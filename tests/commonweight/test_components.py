@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from commonweight.components_place import find_components
+from commonweight.components_place import find_components, hub_source
 from commonweight.tiny_components import untrained_vae, write_tiny_components
 from mmdit.components import (
     CLASSES,
@@ -244,3 +244,9 @@ def test_a_place_without_networks_is_refused(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(kind, match=sentence):
         find_components(place)
+
+
+def test_networks_of_a_hub_are_told_by_their_very_revision_and_a_folder_is_not_told(tmp_path: Path) -> None:
+    assert hub_source("somebody/networks@main", Path("cache/snapshots/0123abcd")) == "somebody/networks@0123abcd"
+    assert hub_source("somebody/networks", Path("cache/snapshots/0123abcd")) == "somebody/networks@0123abcd"
+    assert hub_source(str(tmp_path), tmp_path) == ""

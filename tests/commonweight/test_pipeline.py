@@ -308,6 +308,7 @@ def captions_only(tmp_path_factory: pytest.TempPathFactory, components: Path, pi
     command(
         "data", "prepare", pictures, "-o", place / "data", "--preset", "rgb16", "--text", "encoders", "--captions-only",
         "--components", components, "--licence", "CC0-1.0", "--heldout", 8, "--least-side", 16, "--processes", 1,
+        "--networks-from", "somebody/networks@1",
     )  # fmt: skip
     return place / "data"
 
@@ -317,6 +318,7 @@ def test_captions_alone_are_a_small_part_of_the_bytes_and_the_held_out_pictures_
 ) -> None:
     alone, whole = (open_dataset(place).manifest for place in (captions_only, run.root.parent / "data"))
     assert alone.encoder["conditioning"]["stored"] is False
+    assert alone.encoder["conditioning"]["source"] == "somebody/networks@1"
     assert 3 * alone.shards[0].size / alone.shards[0].samples < whole.shards[0].size / whole.shards[0].samples
     heldout = Shard.open(open_dataset(captions_only).path(alone.heldout))
     assert set(heldout.parts) == {"clip_l", "clip_g", "t5"}

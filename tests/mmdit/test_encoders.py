@@ -49,6 +49,9 @@ def test_what_is_written_of_conditioning_is_read_back() -> None:
         ({"pooled_dim": 2047}, "does not fit into the model's 4096 and 2047"),
         ({"token_dim": True}, "token_dim is True"),
         ({"unknown": 1}, "unknown"),
+        ({"source": 3}, "source is 3"),
+        ({"source": "x" * 201}, "at most 200 characters"),
+        ({"source": "here\x1b[2J"}, "on one line"),
     ],
 )
 def test_a_wrong_description_is_refused_by_name(change: dict[str, Any], sentence: str) -> None:

@@ -20,10 +20,19 @@ from rich.console import Console
 
 from diloco.container import largest_container
 from protocol.documents import ArtifactLimit, DeviceDelegation, ShardRef, verify
-from protocol.errors import AnswerInvalid, ConsentNeeded, DeviceUnavailable, DirectoryInUse, DiskFull, KeyUnreadable
+from protocol.errors import (
+    AnswerInvalid,
+    ConsentNeeded,
+    DeviceUnavailable,
+    DirectoryInUse,
+    DiskFull,
+    KeyUnreadable,
+    NetworksMissing,
+)
 from protocol.limits import MAX_TEXT_CHARACTERS
 from tests.protocol.examples import LEASE, run_config
 from tests.worker.small_config import small_config
+from verify.hearing import refuse_unnamed
 from verify.replay import codec_config, delta_schema
 from worker import audit_progress, progress
 from worker.audit_progress import AUDIT_EVENTS
@@ -213,6 +222,16 @@ def test_consent_names_the_text_encoders_that_this_machine_would_run() -> None:
     assert asked in terms_text(dataclasses.replace(config, conditioning=ENCODERS))
     assert "text encoders" not in terms_text(dataclasses.replace(config, conditioning={**ENCODERS, "stored": True}))
     assert "text encoders" not in terms_text(config)
+
+    placed = terms_text(dataclasses.replace(config, conditioning={**ENCODERS, "source": "somebody/networks@1\x1b"}))
+    assert "It needs their networks (to be had from somebody/networks@1?), which --components names" in placed
+
+
+def test_who_has_no_text_encoders_is_told_where_they_are_to_be_had() -> None:
+    config = dataclasses.replace(run_config(), conditioning={**ENCODERS, "source": "somebody/networks@1"})
+    with pytest.raises(NetworksMissing, match=r"Get them from somebody/networks@1, and say with --components"):
+        refuse_unnamed(config, named=False)
+    refuse_unnamed(config, named=True)
 
 
 def test_what_was_fetched_is_named_for_a_person() -> None:
