@@ -18,7 +18,6 @@ lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/docs
 
 format: .venv
 	$(BIN)/ruff format .
@@ -37,7 +36,7 @@ docs: .venv  # rewrite the generated parts of docs/
 .venv: pyproject.toml constraints.txt
 	@echo "setting up .venv: this fetches some packages and takes a few minutes, once"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,demo,dev,encoders]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[data,demo,dev,encoders]'
 	touch .venv
 
 clean:

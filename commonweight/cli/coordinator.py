@@ -106,6 +106,7 @@ def init(
         more = "" if data == "digits" else f" --data {shlex.quote(data)}"
         typer.echo(f"{run.settings_file} {what}; edit it, then: commonweight coordinator init {directory}{more}")
         return
+    words = run.settings_file.read_bytes() if run.settings_file.exists() else None
     key_file = (root_key or run.root.with_name(f"{run.root.name}-root.pem")).absolute()
     # Beside DIR, wherever DIR is to be; a place that somebody names must be there.
     place = _folder_made(key_file.parent) if root_key is None else nullcontext()
@@ -121,7 +122,8 @@ def init(
             dataset=None if dataset is None else dataset.signed,
             now_ms=WallClock().now_ms(),
         )
-    _show_new_run(directory, run, identity, chosen, key_file)
+    rewritten = words is not None and words != run.settings_file.read_bytes()
+    _show_new_run(directory, run, identity, chosen, key_file, rewritten=rewritten)
 
 
 @config_app.command("check")
@@ -361,7 +363,7 @@ def _folder_made(folder: Path) -> Iterator[None]:
 
 
 def _show_new_run(
-    given: Path, run: "RunDirectory", identity: "RunIdentity", settings: "Settings", key_file: Path
+    given: Path, run: "RunDirectory", identity: "RunIdentity", settings: "Settings", key_file: Path, *, rewritten: bool
 ) -> None:
     from coordinator.forecast import forecast, show_bytes
 
@@ -376,6 +378,8 @@ def _show_new_run(
         f"data: {_show_data(identity.config.data)}",
         *expected.lines(),
     ]
+    if rewritten:
+        lines.append("run.toml says now what the run uses, every setting of it; your own words are in run.toml.old")
     if expected.disk_in_all > free:
         lines.append(
             f"WARNING: only {show_bytes(free)} are free in {run.root}; the run will need "

@@ -46,6 +46,7 @@ def test_the_way_of_an_operator_from_the_template_to_a_restored_run(
     assert f"cw1:127.0.0.1:7700:{identity.run}" in shown
     assert f"ROOT KEY: {tmp_path / 'run-root.pem'}" in shown
     assert "Move this file off this machine now" in shown
+    assert "your own words are in run.toml.old" in shown, "the template was edited, and an option won over it"
     for line in ("model: ", "disk: ", "uplink: ", "downlink: ", "next:", f"  commonweight coordinator serve {place}"):
         assert line in shown
     config = identity.config
@@ -119,7 +120,7 @@ def test_a_run_may_be_made_in_a_folder_that_is_not_there_yet(
 
 
 def test_a_second_init_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ok(capsys, "coordinator", "init", tmp_path / "run")
+    assert "run.toml" not in ok(capsys, "coordinator", "init", tmp_path / "run")
     before = RunDirectory(tmp_path / "run").identity().run
     code, error = refused(capsys, "coordinator", "init", tmp_path / "run", "--root-key", tmp_path / "other.pem")
     assert code == 2

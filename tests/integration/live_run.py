@@ -14,6 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from typer.testing import CliRunner
+
+from commonweight.cli.main import app
 from coordinator.directory import RunDirectory
 from coordinator.serve import Serving, read_serving
 from protocol.join import JoinString
@@ -77,8 +80,9 @@ class LiveRun:
             arguments += ["--data", str(data)]
         for setting in (*SMALL, *ports, "server.bind=127.0.0.1", "server.advertised_host=127.0.0.1", *settings):
             arguments += ["--set", setting]
-        done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr + done.stdout
+        # In this process, which has torch loaded already: founding is not what these tests are about.
+        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
         self.supervisor: subprocess.Popen[bytes] | None = None
         self.log = folder / "coordinator.log"
 
