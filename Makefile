@@ -1,7 +1,7 @@
 # Every task of the project, one line each. `make demo` and `make test` set up all they need.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile
 PACKAGES := protocol mmdit diloco verify worker coordinator commonweight
 
 .PHONY: demo test lint format bench wire docs clean
@@ -9,9 +9,9 @@ PACKAGES := protocol mmdit diloco verify worker coordinator commonweight
 demo: .venv
 	$(BIN)/commonweight demo
 
-test: .venv  # whole runs apart and last: they are few and long, and would leave one of the two processes idle in between
-	$(PYTEST) --ignore tests/integration
-	$(PYTEST) tests/integration
+test: .venv  # for two cores; whole runs apart and last: they are few and long, and wait for their own processes half the time
+	$(PYTEST) -n 2 --ignore tests/integration
+	$(PYTEST) -n 3 tests/integration
 
 lint: .venv
 	$(BIN)/ruff format --check .
