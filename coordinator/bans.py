@@ -143,10 +143,15 @@ def tell_retracted(desk: Desk, lease: LeaseId) -> None:
         verdicts.rejudge(desk, attempt, verdicts.retracted(desk, attempt, opinion))
 
 
-def refutation(desk: Desk, attempt: Attempt) -> Opinion | None:
-    """Return the opinion by which a claim was refuted, if it was and that stands."""
+def refutation(desk: Desk, attempt: Attempt, *, appealed: bool = False) -> Opinion | None:
+    """Return the opinion by which a claim was refuted, if it was and that stands.
+
+    Args:
+        appealed: whether an opinion counts that an appeal is pending against.
+    """
     for audit in desk.store.audits_of_subject(attempt.lease):
-        for opinion in opinions_of(desk, audit) if audit.state is AuditState.FAILED else ():
+        counts = audit.state is AuditState.FAILED or (appealed and audit.appealed and is_open(audit))
+        for opinion in opinions_of(desk, audit) if counts else ():
             if opinion.claim == attempt.claim_sha256 and opinion.auditor == audit.refuted_by:
                 return opinion
     return None

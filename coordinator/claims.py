@@ -130,10 +130,14 @@ def _doubt_conflict(desk: Desk, attempt: Attempt) -> None:
 
 
 def _check_age(desk: Desk, round_number: int) -> None:
-    """Raise `RoundTooOld` if the next merge may not take work of this round any more."""
+    """Raise `RoundTooOld` if the next merge may not take work of this round any more, or if there is none to come."""
+    current = _current(desk)
+    if current.state is RoundState.PUBLISHED and current.round >= desk.config.rounds.planned:
+        # The last secret may be known to everybody by now: a draw under it would be no draw.
+        raise RoundTooOld(f"The run has ended with checkpoint {current.round}; nothing is merged any more.")
     late = _late(desk, round_number)
     bound = desk.config.rounds.staleness_bound
-    if late > bound and _current(desk).round < desk.config.rounds.planned:
+    if late > bound and current.round < desk.config.rounds.planned:
         raise RoundTooOld(
             f"The unit is of round {round_number}; the next merge is round {round_number + late}'s, which takes work "
             f"that is at most {bound} rounds late."

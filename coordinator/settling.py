@@ -23,7 +23,7 @@ from coordinator.rounds import (
     advance,
     is_due,
 )
-from coordinator.units import Attempt, AttemptState, Unit, UnitAbandoned, UnitAccepted, UnitState
+from coordinator.units import Attempt, AttemptState, Unit, UnitAbandoned, UnitAccepted, UnitState, is_at_work
 from coordinator.units import advance as advance_unit
 from protocol.canonical import canonical_json, sha256_hex
 from protocol.documents import (
@@ -144,6 +144,9 @@ def close(desk: Desk, plan: MergePlan, weighed: Weighed) -> Round | None:
     mergeable = {attempt.claim_sha256: (unit, attempt) for unit, attempt in store.mergeable()}
     if current.round != plan.round or not all(entry.claim in mergeable for entry in plan.entries):
         return None
+    confirmed = {claim for claim, (_, attempt) in mergeable.items() if attempt.scrutiny is Scrutiny.CONFIRMED}
+    if any(entry.audited != (entry.claim in confirmed) for entry in plan.entries):
+        return None  # a referee has said meanwhile what the weighing could only guess
     for claim, reason in weighed.outliers.items():
         why = AuditReason.FEW if reason == "few" else AuditReason.OUTLIER
         auditing.put_in_doubt(desk, mergeable[Digest(claim)][1], why)
@@ -212,7 +215,8 @@ def _unmerge_set(desk: Desk, round_number: int) -> tuple[UnmergeEntry, ...]:
 def _is_taken_out(desk: Desk, lease: LeaseId) -> bool:
     attempt = desk.store.attempt(lease)
     assert attempt is not None  # it was merged
-    opinion = bans.refutation(desk, attempt)
+    # An appeal changes nothing before it is decided: what was to stay in stays, what was to go goes.
+    opinion = bans.refutation(desk, attempt, appealed=True)
     return opinion is None or is_taken_out(desk.config.verification, opinion.raw_difference)
 
 
@@ -347,7 +351,7 @@ def _end_rounds(desk: Desk, newest: int, *, last: bool) -> None:
     """
     for unsent in desk.store.unsent_in_doubt(newest):
         if not last and not auditing.serves(desk, unsent.lease):
-            replicas.forfeit(desk, unsent)
+            _end_unsent(desk, unsent)
     for unit in desk.store.unsettled_units(newest):
         attempts = desk.store.attempts_of_unit(unit.unit)
         if last or not any(attempt.state is AttemptState.RECEIVED for attempt in attempts):
@@ -369,6 +373,20 @@ def _end_rounds(desk: Desk, newest: int, *, last: bool) -> None:
             verdicts.judge(desk, attempt, verdicts.unused(desk, attempt, unit_of))
             for audit in waiting:
                 bans.drop(desk, audit)
+
+
+def _end_unsent(desk: Desk, attempt: Attempt) -> None:
+    """Judge a claim that was to be looked at, whose bytes did not come before the last round that may merge them.
+
+    Whose time for sending them is not over has done nothing wrong, and gains nothing: they are merged nowhere.
+    """
+    if not is_at_work(attempt, desk.clock.now_ms()):
+        replicas.forfeit(desk, attempt)
+        return
+    verdicts.judge(desk, attempt, verdicts.too_late(desk, attempt))
+    for audit in desk.store.audits_of_subject(attempt.lease):
+        if auditing.is_open(audit):
+            bans.drop(desk, audit)
 
 
 def _record_merged(desk: Desk, entry: MergeEntry, checkpoint: int) -> None:

@@ -235,6 +235,8 @@ class DrawCheck:
             raise LogDiffers(f"{record.name} is logged twice.")
         if said.epoch != max(self._promised, default=-1):  # 2
             raise LogDiffers(f"{record.name} does not belong to the newest epoch.")
+        if said.epoch in self._secrets:
+            raise LogDiffers(f"{record.name} came when everybody knew the secret of epoch {said.epoch}.")
         if said.samples not in self._sizes:
             raise LogDiffers(f"{record.name} is for {said.samples} samples, as many as no unit of the run has.")
         member = self._member(said.member)

@@ -77,36 +77,6 @@ def test_a_round_that_can_do_without_what_stands_out_closes_without_it(opening: 
     assert late[digest_of(works[1].claim)] == 0  # waiting for an audit is not lateness
 
 
-def test_what_came_while_a_merge_was_weighed_does_not_close_a_round_with_nothing_to_merge(opening: Opening) -> None:
-    office = opening(floor=0, units=3)
-    first = office.deliver(office.volunteer("ada", record=ESTABLISHED))
-    plan = office.plan()
-    assert plan is not None
-    second = office.deliver(office.volunteer("bob", record=ESTABLISHED))
-    assert not office.close(outliers=[first], plan=plan)
-    assert office.audit(first).reason.value == "outlier"
-    assert office.publish()
-    assert office.merged(1) == {digest_of(second.claim)}
-
-
-def test_late_work_alone_does_not_close_a_round_while_its_own_was_not_weighed(opening: Opening) -> None:
-    office = opening(floor=0, units=2)
-    ada, bob = (office.volunteer(name, record=ESTABLISHED) for name in ("ada", "bob"))
-    late = office.train(bob)
-    office.deliver(ada)
-    assert office.publish()
-    for step in (office.claim, office.sketch, office.receive):
-        step(late)
-    own = office.deliver(ada)
-    plan = office.plan()
-    assert plan is not None
-    assert {entry.round for entry in plan.entries} == {1, 2}
-    newer = office.deliver(bob)
-    assert not office.close(outliers=[own], plan=plan)
-    assert office.publish()
-    assert office.merged(2) == {digest_of(late.claim), digest_of(newer.claim)}
-
-
 # --- late claims ---------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ def forfeited(office: Office, by: Volunteer, helper: Volunteer) -> Work:
     work = office.lease(by, "poison")
     office.claim(work)
     office.sketch(work)
+    office.wait(office.desk.config.rounds.upload_ms)
     while office.code(work) is None:
         office.deliver(helper)
         assert office.publish()

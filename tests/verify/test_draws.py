@@ -259,10 +259,16 @@ def forgiven(book: Book) -> None:
     book.owner(ADA, "audit-failed")
 
 
+def claim_after_the_secret(book: Book) -> None:
+    book.reveal(3)
+    book.claim(ADA, drawn=False)
+
+
 CHEATS: dict[str, tuple[Callable[[Book], None], str]] = {
     "another secret": (change("epoch-revealed", secret="00" * 32), "not the one that was promised"),
     "a secret revealed twice": (append(lambda book: book.reveal(2)), "not open"),
     "a secret never promised": (change("epoch-revealed", epoch=7), "not open"),
+    "a claim after the secret": (claim_after_the_secret, "everybody knew the secret"),
     "an epoch opened twice": (append(lambda book: book.open(3)), "again, or out of order"),
     "an older epoch": (change("claim", -1, epoch=2), "newest epoch"),
     "a size that no unit has": (change("claim", -1, samples=41), "is for 41 samples, as many as no unit"),
