@@ -5,8 +5,9 @@ of each. It holds the coordinator's secrets, so it is readable by its owner only
 their workers send them again.
 
 Order makes it consistent. The database is copied first; the files that it speaks of were on the disk before their
-rows were, so whatever is copied after it holds them. A checkpoint that is published meanwhile is published again, with
-the same bytes, by the coordinator that is restored.
+rows were, so whatever is copied after it holds them. What is published meanwhile of rounds whose merge the copied
+database has not fixed is left out: the coordinator that is restored may merge something else, and nobody may find two
+histories in one directory.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final
 
 from coordinator.directory import PUBLIC_FOLDERS, RunDirectory, disk_trouble_explained, sync, write_file
-from coordinator.sqlite_file import backup_database
+from coordinator.sqlite_file import backup_database, newest_fixed_round
 from protocol import layout
 from protocol.canonical import canonical_json, parse_json
 from protocol.documents import RunId
@@ -72,11 +73,14 @@ def backup(directory: RunDirectory, target: Path) -> BackupReport:
     with disk_trouble_explained("No backup was made"):
         _make_empty(target)
         with _removed_on_failure(target):
+            newest = 0
             if directory.database.exists():
                 backup_database(directory.database, target / directory.database.name)
+                newest = newest_fixed_round(target / directory.database.name)
             copies = _Copies(directory.root, target)
-            for path in _files(directory):
+            for path in _files(directory, newest):
                 copies.add(path)
+            _point_to_newest(target / directory.public.name)
             listed = _described(target)
             for path in target.rglob("*"):
                 sync(path)
@@ -150,7 +154,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
-def _files(directory: RunDirectory) -> Iterator[Path]:
+def _files(directory: RunDirectory, newest: int) -> Iterator[Path]:
+    """Yield the files to copy; of checkpoints, logs and measurements those up to the checkpoint `newest`."""
     yield directory.run_file
     if directory.settings_file.exists():
         yield directory.settings_file
@@ -159,10 +164,26 @@ def _files(directory: RunDirectory) -> Iterator[Path]:
         for folder, folders, names in os.walk(top):
             # Names with a dot are work in progress, and so is a checkpoint that has no manifest yet.
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            if Path(folder).parent == directory.public / "checkpoints" and layout.MANIFEST not in names:
+            if Path(folder).parent == directory.public / "checkpoints" and (
+                layout.MANIFEST not in names or _is_later(Path(folder), newest)
+            ):
                 folders.clear()
                 continue
-            yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+            numbered = Path(folder).parent == directory.public
+            for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+                if not (numbered and _is_later(path, newest)):
+                    yield path
+
+
+def _is_later(path: Path, newest: int) -> bool:
+    """Whether a path is named by the number of a later checkpoint, as its directory, log and measurements are."""
+    return path.stem.isdecimal() and int(path.stem) > newest
+
+
+def _point_to_newest(public: Path) -> None:
+    """Let `latest.json` be the manifest of the newest checkpoint that was copied."""
+    manifests = sorted(public.glob(f"checkpoints/*/{layout.MANIFEST}"), key=lambda path: int(path.parent.name))
+    write_file(public / layout.LATEST, manifests[-1].read_bytes())
 
 
 def _described(target: Path) -> list[BackedUp]:

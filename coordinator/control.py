@@ -360,6 +360,9 @@ class Control:
             if (published.manifest.merged, published.manifest.unmerged) != (merging.merge, merging.unmerge):
                 # Nobody may see two checkpoints under one number, not even after an old backup was restored.
                 raise HistoryDiffers(f"Checkpoint {number} was published with other deltas than the database names.")
+            ends = (published.manifest.log_position, published.manifest.log_head)
+            if ends != await self.decide(lambda desk: settling.log_end(desk, number)):
+                raise HistoryDiffers(f"Checkpoint {number} was published with another log than the database has.")
             await asyncio.to_thread(self._publisher.point_to, number)
         weights = published.manifest.file(layout.WEIGHTS)
         sha256, takedowns = published.sha256, published.manifest.takedowns_sha256

@@ -271,7 +271,7 @@ def manifest_of(
         takedowns_sha256: the list of pictures that units of the next round leave out, if there is one.
     """
     due = merged.round - snapshot >= desk.snapshot_every or merged.round >= desk.config.rounds.planned
-    position, head = _log_end(desk, merged.round)
+    position, head = log_end(desk, merged.round)
     return Manifest(
         run=desk.run,
         config_sha256=desk.config_sha256,
@@ -292,19 +292,20 @@ def manifest_of(
 
 def log_lines(desk: Desk, round_number: int) -> bytes:
     """Return the public log's entries that a round's manifest closes, one JSON object a line."""
-    last, _ = _log_end(desk, round_number)
-    first = 1 + (_log_end(desk, round_number - 1)[0] if round_number > 1 else 0)
+    last, _ = log_end(desk, round_number)
+    first = 1 + (log_end(desk, round_number - 1)[0] if round_number > 1 else 0)
     return b"".join(log_line(entry) for entry in desk.store.log_entries(first, last))
 
 
 def log_tail(desk: Desk, round_number: int) -> bytes:
     """Return the log's entries after the manifest of a round (0: all of them), one JSON object a line."""
-    first = 1 + (_log_end(desk, round_number)[0] if round_number else 0)
+    first = 1 + (log_end(desk, round_number)[0] if round_number else 0)
     last, _ = desk.store.log_head()
     return b"".join(log_line(entry) for entry in desk.store.log_entries(first, last))
 
 
-def _log_end(desk: Desk, round_number: int) -> tuple[int, Digest]:
+def log_end(desk: Desk, round_number: int) -> tuple[int, Digest]:
+    """Return position and head of the log as a round's manifest signs them: those of the round's close."""
     text = desk.store.meta(_log_key(round_number))
     if text is None:
         raise Bug(private=f"round {round_number} has no log position")

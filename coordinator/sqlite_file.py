@@ -81,6 +81,13 @@ def backup_database(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
+def newest_fixed_round(database: Path) -> int:
+    """Return the newest round whose merge is fixed in a database that nobody writes to; 0 if there is none."""
+    with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+        (newest,) = connection.execute("SELECT max(round) FROM rounds WHERE state <> 'collecting'").fetchone()
+    return newest or 0
+
+
 @contextmanager
 def our_errors(path: Path) -> Iterator[None]:
     """Turn what the world does to a database into our errors; constraint violations stay what they are."""

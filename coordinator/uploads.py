@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from coordinator import claims
 from coordinator.blobs import BlobStore
@@ -58,6 +59,7 @@ class Uploads:
         self._blobs = blobs
         self._settler = settler
         self._uploading: set[tuple[str, str]] = set()
+        self._placing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def state(self, session: Session, claim: bytes, role: str) -> tuple[int, bytes]:
         """Return (bytes stored, receipt or nothing) of an artifact."""
@@ -159,14 +161,17 @@ class Uploads:
             await asyncio.to_thread(self._staging.discard, claim, artifact.role)
             await self._changed()
             raise
-        await asyncio.to_thread(self._blobs.add, self._staging.path(claim, artifact.role), Digest(digest))
-        try:
-            receipt = await self._decide(lambda desk: claims.record_received(desk, lease))
-        except Refusal:
-            # The round moved on while the bytes travelled. No row will ever name this file, so no sweep would find it.
-            if not await self._decide(lambda desk: claims.has_receipt_for(desk, expected.attempt.unit, artifact)):
-                await asyncio.to_thread(self._blobs.remove, Digest(digest))
-            raise
+        # Two volunteers may bring the same bytes: one of them must not take them away that the other has a receipt for.
+        placing = self._placing.setdefault(digest, asyncio.Lock())
+        async with placing:
+            await asyncio.to_thread(self._blobs.add, self._staging.path(claim, artifact.role), Digest(digest))
+            try:
+                receipt = await self._decide(lambda desk: claims.record_received(desk, lease))
+            except Refusal:
+                # The round moved on while the bytes travelled. No row will ever name this file: no sweep would find it.
+                if not await self._decide(lambda desk: claims.has_receipt_for(desk, expected.attempt.unit, artifact)):
+                    await asyncio.to_thread(self._blobs.remove, Digest(digest))
+                raise
         await self._changed()
         return receipt
 

@@ -16,10 +16,12 @@ from coordinator.backup import LIST, backup, restore
 from coordinator.blobs import DirectoryBlobs
 from coordinator.directory import RunDirectory
 from coordinator.founding import found
+from coordinator.rounds import Round, RoundState
 from coordinator.serve import serving_file
 from coordinator.settings import Settings
 from coordinator.sqlite_store import SqliteStore
 from coordinator.status import read_status
+from protocol import layout
 from protocol.canonical import sha256_hex
 from protocol.documents import Digest
 from protocol.errors import BackupDamaged, DirectoryNotARun, DirectoryNotEmpty, LocalProblem, UsageError
@@ -137,6 +139,28 @@ def test_work_in_progress_is_left_out(run: RunDirectory, tmp_path: Path) -> None
     backup(run, tmp_path / "backup")
     assert not list((tmp_path / "backup").rglob("half"))
     assert (tmp_path / "backup/public/checkpoints/000000/manifest.json").exists()
+
+
+@pytest.mark.parametrize("state", [RoundState.COLLECTING, RoundState.CLOSED])
+def test_what_is_published_of_a_round_that_the_copied_database_still_collects_is_left_out(
+    run: RunDirectory, tmp_path: Path, state: RoundState
+) -> None:
+    """Whoever restores may merge something else into it."""
+    store = SqliteStore.open(run.database)
+    with store.transaction():
+        closed_ms = None if state is RoundState.COLLECTING else 2
+        store.add_round(Round(round=1, opened_ms=1, state=state, closed_ms=closed_ms))
+    store.close()
+    newer = [f"checkpoints/000001/{layout.MANIFEST}", layout.log_path(1), layout.metrics_path(1)]
+    for path in newer:
+        (run.public / path).parent.mkdir(parents=True, exist_ok=True)
+        (run.public / path).write_bytes(b"of checkpoint 1")
+    (run.public / layout.LATEST).write_bytes(b"of checkpoint 1")
+    backup(run, tmp_path / "backup")
+    public = tmp_path / "backup/public"
+    assert [(public / path).exists() for path in newer] == [state is RoundState.CLOSED] * 3
+    newest = public / layout.checkpoint_directory(int(state is RoundState.CLOSED)) / layout.MANIFEST
+    assert (public / layout.LATEST).read_bytes() == newest.read_bytes()
 
 
 @pytest.mark.parametrize(
