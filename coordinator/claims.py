@@ -78,7 +78,7 @@ def submit_claim(desk: Desk, session: Session, raw: bytes) -> ClaimAnswer:
     """Take a claim. The same claim again gives the same receipt; another one for the lease is evidence.
 
     Checks: 0 signature by the session's device; 1 run and device; 2 the lease is this device's; 3 the lease's own
-    bytes and unit; 4 artifacts; 5 no other claim; 6 the lease still takes claims; 7 the round is not too old.
+    bytes and unit; 4 artifacts; 5 no other claim; 6 the lease still takes claims; 7 the run goes on, and the round is not too old.
     A banned owner's claims are not taken at all.
     """
     check_admitted(desk, session)
@@ -104,8 +104,9 @@ def submit_claim(desk: Desk, session: Session, raw: bytes) -> ClaimAnswer:
         return ClaimAnswer(conflict=ClaimConflict())
     if attempt.state not in {AttemptState.LEASED, AttemptState.EXPIRED}:  # 6
         raise LeaseEnded
-    if not auditing.serves(desk, attempt.lease):
-        _check_age(desk, attempt.round)  # 7; a replica is not for the merge
+    if not auditing.serves(desk, attempt.lease):  # 7; a replica is not for the merge
+        _check_running(desk)
+        _check_age(desk, attempt.round)
     return ClaimAnswer(receipt=_accept_claim(desk, attempt, claim, raw, digest), next=Instruction.SKETCH)
 
 
@@ -129,15 +130,18 @@ def _doubt_conflict(desk: Desk, attempt: Attempt) -> None:
         auditing.put_in_doubt(desk, attempt, AuditReason.CONFLICT)
 
 
-def _check_age(desk: Desk, round_number: int) -> None:
-    """Raise `RoundTooOld` if the next merge may not take work of this round any more, or if there is none to come."""
+def _check_running(desk: Desk) -> None:
+    """Raise `RoundTooOld` if the run has ended: a draw under a secret that everybody may know would be none."""
     current = _current(desk)
     if current.state is RoundState.PUBLISHED and current.round >= desk.config.rounds.planned:
-        # The last secret may be known to everybody by now: a draw under it would be no draw.
         raise RoundTooOld(f"The run has ended with checkpoint {current.round}; nothing is merged any more.")
+
+
+def _check_age(desk: Desk, round_number: int) -> None:
+    """Raise `RoundTooOld` if the next merge may not take work of this round any more."""
     late = _late(desk, round_number)
     bound = desk.config.rounds.staleness_bound
-    if late > bound and current.round < desk.config.rounds.planned:
+    if late > bound and _current(desk).round < desk.config.rounds.planned:
         raise RoundTooOld(
             f"The unit is of round {round_number}; the next merge is round {round_number + late}'s, which takes work "
             f"that is at most {bound} rounds late."

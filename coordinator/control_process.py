@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from coordinator import deadlines
 from coordinator.blobs import DirectoryBlobs
 from coordinator.clock import Clock, WallClock
 from coordinator.control import Control
@@ -58,7 +59,8 @@ class Wiring:
 def open_desk(directory: RunDirectory, identity: RunIdentity, delta_bytes: int, storage: StorageSettings) -> Desk:
     """Open the database and the clock of a run; must be called in the writer's thread."""
     store = SqliteStore.open(directory.database)
-    return Desk(
+    stopped_ms = int(store.meta(CLOCK_KEY) or 0)
+    desk = Desk(
         run=identity.run,
         config=identity.config,
         config_sha256=identity.config_sha256,
@@ -68,8 +70,14 @@ def open_desk(directory: RunDirectory, identity: RunIdentity, delta_bytes: int, 
         retain_rounds=storage.retain_rounds,
         snapshot_every=storage.snapshot_every,
         store=store,
-        clock=WallClock(int(store.meta(CLOCK_KEY) or 0)),
+        clock=WallClock(stopped_ms),
     )
+    if stopped_ms:
+        with store.transaction():
+            deadlines.forgive_absence(desk, stopped_ms)
+            # Said at once: another crash must not have the same absence forgiven again.
+            store.put_meta(CLOCK_KEY, str(desk.clock.now_ms()))
+    return desk
 
 
 def _endpoint(identity: RunIdentity, public_url: str, clock: Clock) -> GetEndpointReply:

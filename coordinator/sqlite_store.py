@@ -243,6 +243,11 @@ class SqliteStore:
         """See `Store.due_attempts`."""
         return self._all(attempt_of, "due_attempts", now_ms=now_ms)
 
+    def postpone(self, since_ms: int, by_ms: int) -> None:
+        """See `Store.postpone`."""
+        self._write("postpone_attempts", since_ms=since_ms, by_ms=by_ms, never_ms=NEVER_MS)
+        self._write("postpone_audits", since_ms=since_ms, by_ms=by_ms)
+
     def attempts_of_unit(self, unit: UnitId) -> tuple[Attempt, ...]:
         """See `Store.attempts_of_unit`."""
         return self._all(attempt_of, "attempts_of_unit", unit=unit)

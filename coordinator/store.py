@@ -174,6 +174,10 @@ class Store(Protocol):
         """Return LEASED, CLAIMED and SKETCHED attempts whose deadline is not after `now_ms`, the oldest first."""
         ...
 
+    def postpone(self, since_ms: int, by_ms: int) -> None:
+        """Move every deadline that was ahead at `since_ms`, of open attempts, audits and appeals, back by `by_ms`."""
+        ...
+
     def attempts_of_unit(self, unit: UnitId) -> tuple[Attempt, ...]:
         """Return the unit's attempts in the order in which they were added."""
         ...

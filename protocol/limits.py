@@ -97,6 +97,8 @@ LEASE_WAIT_MS: Final = 20 * SECOND_MS
 """Longest that a call for work is held open before the worker is told to ask again."""
 CLOCK_SKEW_MS: Final = 5 * MINUTE_MS
 """How far a volunteer's clock may be off before an expiry date of the run's own keys counts against it."""
+COME_BACK_MS: Final = MINUTE_MS
+"""Most that everybody gets, besides the time that a coordinator was away, to come back to it."""
 STAGING_GRACE_MS: Final = 24 * HOUR_MS
 """How long an unfinished upload is kept after its lease ended."""
 DELEGATION_MS: Final = 730 * DAY_MS

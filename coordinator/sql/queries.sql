@@ -121,6 +121,15 @@ SELECT * FROM attempts WHERE device = :device AND state IN ('claimed', 'sketched
 SELECT * FROM attempts WHERE state IN ('leased', 'claimed', 'sketched') AND deadline_ms <= :now_ms
 ORDER BY deadline_ms, sequence;
 
+-- name: postpone_attempts
+UPDATE attempts SET deadline_ms = deadline_ms + :by_ms
+WHERE state IN ('leased', 'claimed', 'sketched') AND deadline_ms > :since_ms AND deadline_ms < :never_ms;
+
+-- name: postpone_audits
+UPDATE audits SET deadline_ms = deadline_ms + :by_ms
+WHERE state IN ('wants_replica', 'replicated', 'wants_bytes', 'wants_referee', 'wants_second', 'failed')
+  AND deadline_ms > :since_ms;
+
 -- name: attempts_of_unit
 SELECT * FROM attempts WHERE unit = :unit ORDER BY sequence;
 

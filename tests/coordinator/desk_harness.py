@@ -222,6 +222,10 @@ class Office(Records):
         self.clock.advance(ms)
         self._decide(deadlines.end_what_is_due)
 
+    def resume(self, stopped_ms: int) -> None:
+        """Start again after a stop at that time."""
+        self._decide(lambda desk: deadlines.forgive_absence(desk, stopped_ms))
+
     def offer_replicas_widely(self) -> None:
         """Let so much time pass that replicas are offered to as many owners as they ever are, of two to both."""
         self.clock.advance(replica_wait_ms(self.desk.config.rounds.lease_ms) - 1)

@@ -4,9 +4,11 @@ import pytest
 
 from coordinator.audits import AuditState, Scrutiny
 from coordinator.owners import OwnerState
+from coordinator.units import AttemptState
 from protocol.documents import digest_of
 from protocol.errors import RoundTooOld
-from tests.coordinator.desk_harness import Opening
+from protocol.limits import COME_BACK_MS
+from tests.coordinator.desk_harness import Opening, replicated
 from tests.coordinator.desk_people import DRAWN, ESTABLISHED, LEASE_MS, ONE
 
 # --- while a merge is weighed --------------------------------------------------------------------------------
@@ -106,6 +108,41 @@ def test_rounds_that_pass_while_the_bytes_of_a_drawn_claim_may_still_come_cost_i
     assert office.publish()
     assert office.code(work) == "TOO_LATE"
     assert office.owner(slow)[0] is OwnerState.ESTABLISHED
+
+
+# --- while the coordinator is away ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("away_ms", [10_000, LEASE_MS + 1, 10 * LEASE_MS])
+def test_the_time_that_the_coordinator_is_away_counts_against_nobody(opening: Opening, away_ms: int) -> None:
+    office = opening(floor=DRAWN, referee_share=ONE, planned=9)
+    work, replica = replicated(office)
+    office.compare()
+    assert office.audit(work).state is AuditState.WANTS_BYTES
+    lease = office.lease(office.volunteer("other", record=ESTABLISHED))
+    left_ms = [office.attempt(one).deadline_ms - office.clock.now_ms() for one in (replica, lease)]
+
+    stopped_ms = office.clock.now_ms()
+    office.clock.advance(away_ms)
+    office.resume(stopped_ms)
+    office.wait(0)
+
+    now_left = [office.attempt(one).deadline_ms - office.clock.now_ms() for one in (replica, lease)]
+    assert now_left == [left + min(away_ms, COME_BACK_MS) for left in left_ms]
+    office.receive(replica)
+    assert office.attempt(lease).state is AttemptState.LEASED
+    assert office.owner(replica.by)[0] is OwnerState.ESTABLISHED
+
+
+def test_what_was_over_before_the_coordinator_went_stays_over(opening: Opening) -> None:
+    office = opening(floor=0)
+    lease = office.lease(office.volunteer("ada", record=ESTABLISHED))
+    office.clock.advance(LEASE_MS)
+    stopped_ms = office.clock.now_ms()
+    office.clock.advance(1)
+    office.resume(stopped_ms)
+    office.wait(0)
+    assert office.attempt(lease).state is AttemptState.EXPIRED
 
 
 # --- after the run's end -------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from coordinator.rounds import RoundState
 from coordinator.sqlite_store import SqliteStore
 from protocol import calls, layout
 from protocol.documents import Verdict
+from protocol.errors import RoundTooOld
 from protocol.log import LogEntry, read_log
 from tests.integration.live_run import LiveRun, until
-from tests.integration.peer import Peer, Work, connected
+from tests.integration.peer import Peer, Work, connected, refused
 
 
 async def verdict(peer: Peer, work: Work) -> Verdict:
@@ -80,16 +81,21 @@ def test_an_expired_units_first_holder_may_still_deliver_and_the_second_becomes_
 
 
 def test_after_the_last_round_everything_has_its_verdict_and_the_log_is_whole(folder: Path) -> None:
-    settings = ("rounds.units=2", "rounds.min_units=1", "rounds.min_window_seconds=1", "rounds.planned=1")
+    settings = ("rounds.units=3", "rounds.min_units=1", "rounds.min_window_seconds=1", "rounds.planned=1")
 
     async def story(run: LiveRun) -> None:
-        async with connected(run.join) as late, connected(run.join) as peer:
+        async with connected(run.join) as late, connected(run.join) as peer, connected(run.join) as later:
             slow = late.work(await late.lease(), folder / "slow")
+            slower = later.work(await later.lease(), folder / "slower")
+            await late.sketch(slow, await late.submit(slow))
             await peer.deliver(peer.work(await peer.lease(), folder / "quick"))
             await asyncio.to_thread(run.await_checkpoint, 1)
-            await late.deliver(slow)
+            await late.upload(slow)
             judged = await verdict(late, slow)
             assert (judged.outcome, judged.code, judged.weight) == ("accepted", "TOO_LATE", 0)
+            refusal = await refused(later.submit(slower))
+            assert isinstance(refusal, RoundTooOld)
+            assert "The run has ended with checkpoint 1" in refusal.message
 
     with LiveRun(folder, settings) as run:
         asyncio.run(story(run.start()))
