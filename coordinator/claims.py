@@ -78,8 +78,8 @@ def submit_claim(desk: Desk, session: Session, raw: bytes) -> ClaimAnswer:
     """Take a claim. The same claim again gives the same receipt; another one for the lease is evidence.
 
     Checks: 0 signature by the session's device; 1 run and device; 2 the lease is this device's; 3 the lease's own
-    bytes and unit; 4 artifacts; 5 no other claim; 6 the lease still takes claims; 7 the run goes on, and the round is not too old.
-    A banned owner's claims are not taken at all.
+    bytes and unit; 4 artifacts; 5 no other claim; 6 the lease still takes claims; 7 the run goes on, and the round is
+    not too old. A banned owner's claims are not taken at all.
     """
     check_admitted(desk, session)
     claim = verify(Claim, raw, session.device_key, max_bytes=MAX_PEER_DOCUMENT_BYTES)  # 0

@@ -24,7 +24,7 @@ CONDITIONING: Final = ConditioningConfig(kind="byte-patch", max_tokens=12, token
 FULL: Final = Recipe(
     model=model_config(CONDITIONING, patch=4, layers=4, heads=3),
     conditioning=CONDITIONING,
-    steps=1400 * CHUNK_STEPS,
+    steps=2000 * CHUNK_STEPS,
     batch=16,
     lr=2.5e-3,
 )

@@ -1,6 +1,6 @@
 """Prompts to pictures of 32 x 32 RGB pixels, with all that the caption leaves open drawn at random."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.skills.lettering import FONTS, lettering
-from benchmarks.skills.prompts import Prompt, training_prompt
+from benchmarks.skills.prompts import SHARES, Prompt, training_prompt
 from benchmarks.skills.shapes import coverage
 from commonweight.png import png_bytes
 from diloco.tables import Floats
@@ -26,20 +26,17 @@ RGB: Final[Mapping[str, tuple[float, float, float]]] = {
     "black": (0.07, 0.07, 0.07),
 }
 _JITTER: Final = 0.05
-_GAP: Final = 1.6
-"""Pixels left free between two things, and between a thing and the edge half as many."""
-_RADII: Final[Mapping[int, tuple[float, float]]] = {1: (7.0, 10.0), 2: (5.0, 6.6), 3: (4.6, 5.8), 4: (4.2, 5.2)}
-"""Of the things in a picture with so many."""
+_RADIUS: Final = 6.2
+"""Of every thing in every picture: like letters, shapes come in one size."""
+_NEAR, _FAR = 8, 24
+"""Where centres stand, in pixels from the left or from above: things stand on a board of two by two."""
 
 
 _TOP: Final = 7
 """Where a line of letters begins, in rows; it may be moved by `_TOP_MOVES` either way."""
 _TOP_MOVES: Final = 2
-_TRIES: Final = 64
-"""Places drawn at once, of which the first that will do is taken."""
 
-Doubles = npt.NDArray[np.float64]
-Trues = npt.NDArray[np.bool_]
+Places = npt.NDArray[np.int64]
 
 
 def draw(prompt: Prompt, random: np.random.Generator) -> ByteImages:
@@ -49,10 +46,10 @@ def draw(prompt: Prompt, random: np.random.Generator) -> ByteImages:
     return drawn
 
 
-def draw_many(seed: tuple[int, ...], count: int) -> tuple[list[Prompt], ByteImages]:
+def draw_many(seed: tuple[int, ...], count: int, shares: Sequence[float] = SHARES) -> tuple[list[Prompt], ByteImages]:
     """Return training prompts and their pictures [N, 32, 32, 3]; a seed gives the same ones every time."""
     random = np.random.default_rng(seed)
-    prompts = [training_prompt(random) for _ in range(count)]
+    prompts = [training_prompt(random, shares=shares) for _ in range(count)]
     return prompts, np.stack([draw(prompt, random) for prompt in prompts])
 
 
@@ -81,41 +78,21 @@ def _draw_things(prompt: Prompt, random: np.random.Generator) -> Floats:
     level = random.uniform(0.05, 0.2) if random.integers(2) else random.uniform(0.82, 0.96)
     pixels_HWC = np.full((SIDE, SIDE, 3), level, dtype=np.float32)
     tints = {thing.colour: _tint(thing.colour, random) for thing in prompt.things}
-    for thing, (x, y, radius) in zip(prompt.things, _places(prompt, random), strict=True):
-        pixels_HWC = _over(pixels_HWC, coverage(thing.shape, SIDE, x, y, radius), tints[thing.colour])
+    for thing, (x, y) in zip(prompt.things, _places(prompt, random), strict=True):
+        pixels_HWC = _over(pixels_HWC, coverage(thing.shape, SIDE, float(x), float(y), _RADIUS), tints[thing.colour])
     return pixels_HWC
 
 
-def _places(prompt: Prompt, random: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Return centre and radius of each thing: apart from each other, and standing as the caption says."""
-    count = len(prompt.things)
-    while True:
-        radii_KN = random.uniform(*_RADII[count], (_TRIES, 1)) * random.uniform(0.92, 1.08, (_TRIES, count))
-        low_KN, high_KN = radii_KN + _GAP / 2, SIDE - radii_KN - _GAP / 2
-        places_KN2 = random.uniform(low_KN[..., None], high_KN[..., None], (_TRIES, count, 2))
-        found = np.flatnonzero(_are_apart(places_KN2, radii_KN) & _stand(places_KN2, prompt.relation))
-        if len(found):
-            chosen = zip(places_KN2[found[0]], radii_KN[found[0]], strict=True)
-            return [(float(x), float(y), float(radius)) for (x, y), radius in chosen]
-
-
-def _are_apart(places_KN2: Doubles, radii_KN: Doubles) -> Trues:
-    away_KNN = np.abs(places_KN2[:, :, None] - places_KN2[:, None]).max(3)
-    needed_KNN = radii_KN[:, :, None] + radii_KN[:, None] + _GAP
-    apart_KNN: Trues = (away_KNN >= needed_KNN) | np.eye(radii_KN.shape[1], dtype=bool)
-    together_K: Trues = np.all(apart_KNN, axis=(1, 2))
-    return together_K
-
-
-def _stand(places_KN2: Doubles, relation: str | None) -> Trues:
-    """Whether the first stands to the second as it should, and clearly: at most half as far off the other way."""
-    if relation is None:
-        return np.ones(len(places_KN2), dtype=bool)
-    right_K, down_K = (places_KN2[:, 1] - places_KN2[:, 0]).T
-    along_K = {"left of": right_K, "right of": -right_K, "above": down_K, "below": -down_K}[relation]
-    across_K = down_K if relation in ("left of", "right of") else right_K
-    stand_K: Trues = along_K > 2 * np.abs(across_K)
-    return stand_K
+def _places(prompt: Prompt, random: np.random.Generator) -> Places:
+    """Return the centres [N, 2] of the things, x and y: each in a cell of its own, and standing as the caption says."""
+    if prompt.relation is None:
+        cells = np.array([(x, y) for x in (_NEAR, _FAR) for y in (_NEAR, _FAR)])
+        return cells[random.permutation(len(cells))[: len(prompt.things)]]
+    first, second = (_NEAR, _FAR) if prompt.relation in ("left of", "above") else (_FAR, _NEAR)
+    line = (_NEAR, _FAR)[int(random.integers(2))]
+    if prompt.relation in ("left of", "right of"):
+        return np.array([(first, line), (second, line)])
+    return np.array([(line, first), (line, second)])
 
 
 def _tint(colour: str, random: np.random.Generator) -> Floats:

@@ -10,7 +10,7 @@ A combination is held out by what the picture would show, not by how it is said:
 """
 
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -18,8 +18,10 @@ import numpy as np
 
 Skill = Literal["colour", "count", "position", "spelling"]
 SKILLS: Final[tuple[Skill, ...]] = ("colour", "count", "position", "spelling")
-SHARES: Final = (0.12, 0.19, 0.27, 0.42)
-"""How much of the training each skill gets, in the order of `SKILLS`."""
+SHARES: Final = (0.10, 0.15, 0.27, 0.48)
+"""How much of the training each skill gets at first, in the order of `SKILLS`."""
+LATER_SHARES: Final = (0.06, 0.12, 0.50, 0.32)
+"""And once shapes and letters are drawn, when what is left to learn is who stands where."""
 
 COLOURS: Final = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES: Final = ("circle", "square", "triangle", "cross", "ring", "heart")
@@ -132,9 +134,11 @@ def spelt(word: str, ink: str, ground: str) -> Prompt:
     )
 
 
-def training_prompt(random: np.random.Generator, skill: Skill | None = None) -> Prompt:
+def training_prompt(
+    random: np.random.Generator, skill: Skill | None = None, shares: Sequence[float] = SHARES
+) -> Prompt:
     """Draw a prompt that is not held out; of one skill, or of all by their shares."""
-    chosen = skill or SKILLS[int(np.searchsorted(np.cumsum(SHARES)[:-1], random.random(), side="right"))]
+    chosen = skill or SKILLS[int(np.searchsorted(np.cumsum(shares)[:-1], random.random(), side="right"))]
     while (prompt := _any(random, chosen)).is_held_out:
         pass
     return prompt

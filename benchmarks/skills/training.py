@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.skills.pictures import SIDE, draw_many
+from benchmarks.skills.prompts import LATER_SHARES, SHARES
 from diloco.average import average_share
 from diloco.draws import Batch, Draws
 from diloco.genesis import initial_state
@@ -33,6 +34,8 @@ from mmdit.transformer import build
 SPACE: Final = PixelSpace(channels=3, height=SIDE, width=SIDE, shift=-1.0, scale=2.0)
 CHUNK_STEPS: Final = 32
 """Steps between two places where training can stop; their pictures are drawn at once, and make one shard."""
+LATER_CHUNK: Final = 928
+"""From this chunk on, counted from 0, skills have their later shares."""
 _INFO: Final = ShardInfo(licence="CC0-1.0", source="drawn by benchmarks.skills")
 _DROPOUT: Final = DROPOUT_ONE // 10
 
@@ -92,9 +95,9 @@ def model_config(
     )
 
 
-def shard_of(seed: tuple[int, ...], count: int, conditioning: ConditioningConfig) -> ShardSet:
-    """Return fresh training pictures as the product trains on them."""
-    prompts, pictures = draw_many(seed, count)
+def shard_of(seed: int, chunk: int, count: int, conditioning: ConditioningConfig) -> ShardSet:
+    """Return a chunk's fresh training pictures as the product trains on them."""
+    prompts, pictures = draw_many((seed, chunk), count, SHARES if chunk < LATER_CHUNK else LATER_SHARES)
     encoded = [encode_caption(prompt.caption, conditioning) for prompt in prompts]
     latents = SPACE.encode(pictures).astype(np.float16)
     raw = write_shard(latents, [tokens for tokens, _ in encoded], np.stack([pooled for _, pooled in encoded]), _INFO)
@@ -133,7 +136,7 @@ class Training:
         """Train on the next `CHUNK_STEPS` steps' pictures; return the mean loss."""
         recipe, started = self.recipe, time.process_time()
         number = self.step // CHUNK_STEPS
-        shards = shard_of((recipe.seed, number), CHUNK_STEPS * recipe.batch, recipe.conditioning)
+        shards = shard_of(recipe.seed, number, CHUNK_STEPS * recipe.batch, recipe.conditioning)
         draws = Draws(_bytes(recipe.seed, number + 1))
         losses = []
         for step in range(CHUNK_STEPS):
