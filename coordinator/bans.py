@@ -1,6 +1,7 @@
 """Bans and distrust: what ends with an owner's standing, and the audits back of what it had merged."""
 
 from dataclasses import replace
+from typing import Final
 
 from coordinator import verdicts
 from coordinator.auditing import (
@@ -20,9 +21,10 @@ from coordinator.leasing import end_lease
 from coordinator.owners import AuditFailed, Banned, OwnerState, RecheckMerged
 from coordinator.records import owner_of, tell
 from coordinator.units import Attempt, AttemptState, Expired
-from protocol.documents import LeaseId, Opinion
+from protocol.documents import Digest, LeaseId, Opinion
 from protocol.keys import KeyId
 
+_PRUNED_KEY: Final = "pruned"
 _CLAIMED = (AttemptState.CLAIMED, AttemptState.SKETCHED, AttemptState.EXCUSED, AttemptState.RECEIVED)
 
 
@@ -76,7 +78,7 @@ def audit_back(desk: Desk, owner: KeyId, newest: int | None = None) -> None:
     """
     current = desk.store.latest_round()
     assert current is not None  # something was leased
-    oldest = current.round - desk.retain_rounds if desk.retain_rounds else 0
+    oldest = newest_pruned(desk, current.round)
     merged = desk.store.merged_unaudited_of_owner(owner)
     # After a ban, also what others got past an audit on this owner's word alone.
     looked_at = (*merged, *desk.store.merged_on_word_of(owner)) if newest is None else merged[-newest:]
@@ -105,15 +107,38 @@ def drop(desk: Desk, audit: Audit) -> None:
         verdicts.judge(desk, other, verdicts.uncompared(desk, other))
 
 
+def newest_pruned(desk: Desk, published: int) -> int:
+    """Return the newest checkpoint whose deltas are kept no longer once that one is published; 0 if all are.
+
+    What was thrown away once stays so when the operator decides later to keep more.
+    """
+    gone = int(desk.store.meta(_PRUNED_KEY) or 0)
+    return max(gone, published - desk.retain_rounds) if desk.retain_rounds else gone
+
+
 def drop_pruned(desk: Desk, published: int) -> None:
-    """End audits back whose deltas are kept no longer: nobody can judge them, and they must not keep auditors busy."""
-    oldest = published - desk.retain_rounds if desk.retain_rounds else 0
+    """End audits back whose deltas are kept no longer: nobody can judge them, and they must not keep auditors busy.
+
+    But for appeals: who was refuted must be heard, and until then the delta is kept (`appealed_blobs`).
+    """
+    oldest = newest_pruned(desk, published)
+    desk.store.put_meta(_PRUNED_KEY, str(oldest))
     for state in (AuditState.WANTS_REFEREE, AuditState.WANTS_SECOND):
         for audit in desk.store.audits(state):
             unit = desk.store.unit(audit.unit)
             assert unit is not None
-            if unit.merged_in is not None and unit.merged_in <= oldest and unit.chosen == audit.lease:
+            merged = unit.merged_in is not None and unit.merged_in <= oldest and unit.chosen == audit.lease
+            if merged and not audit.appealed:
                 drop(desk, audit)
+
+
+def appealed_blobs(desk: Desk) -> frozenset[Digest]:
+    """Return the deltas of claims whose appeals wait: a second referee has to look at them."""
+    waiting = (
+        audit for state in (AuditState.WANTS_REFEREE, AuditState.WANTS_SECOND) for audit in desk.store.audits(state)
+    )
+    attempts = [attempt_of(desk, audit.lease) for audit in waiting if audit.appealed]
+    return frozenset(Digest(artifact.blob_sha256) for attempt in attempts for artifact in attempt.artifacts)
 
 
 def reject(desk: Desk, attempt: Attempt, opinion: Opinion) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator import appeals, claims, deadlines, epochs, leasing, referees, replicas, settling, verdicts
+from coordinator import appeals, bans, claims, deadlines, epochs, leasing, referees, replicas, settling, verdicts
 from coordinator.blobs import BlobStore
 from coordinator.desk import CLOCK_KEY, Desk
 from coordinator.publisher import PublishedManifest, Publisher
@@ -289,7 +289,9 @@ class Control:
             older = self._desk.config.rounds.lease_ms + STAGING_GRACE_MS
             try:
                 await asyncio.to_thread(self._staging.sweep, older, now)
-                unmerged = await self.decide(lambda desk: desk.store.unmerged_blobs())
+                unmerged = await self.decide(
+                    lambda desk: tuple(set(desk.store.unmerged_blobs()) - bans.appealed_blobs(desk))
+                )
                 await asyncio.to_thread(self._forget, unmerged, now)
             except (CommonweightError, OSError) as error:
                 logger.error("unfinished uploads could not be swept: %s", error, extra={"action": "sweep_failed"})
@@ -379,16 +381,21 @@ class Control:
         if number >= self._desk.config.rounds.planned:
             logger.info("the run is finished; volunteers are told so, and the public files stay for everybody to fetch")
         await self._tell()
-        await asyncio.to_thread(self._prune, number)
+        await asyncio.to_thread(self._prune, number, await self.decide(bans.appealed_blobs))
         self._start(self._measure(number))
 
-    def _prune(self, newest: int) -> None:
-        """Keep the deltas of the newest `retain_rounds` rounds (0: of all), and of old checkpoints only snapshots."""
+    def _prune(self, newest: int, appealed: frozenset[Digest]) -> None:
+        """Keep the deltas of the newest `retain_rounds` rounds (0: of all), and of old checkpoints only snapshots.
+
+        Args:
+            appealed: deltas that are kept in any case, though no longer shown.
+        """
         retain = self._desk.retain_rounds
         old = newest - retain
         if retain and old > 0:
             for entry in self._publisher.prune(old):
-                self._blobs.remove(Digest(entry.blob_sha256))
+                if entry.blob_sha256 not in appealed:
+                    self._blobs.remove(Digest(entry.blob_sha256))
         # Units of the last rounds may still be trained from their checkpoints; who asks later patches a snapshot.
         thinned = newest - self._desk.config.rounds.staleness_bound - 2
         for checkpoint in range(max(0, thinned - _THINNED_AT_ONCE), thinned + 1):

@@ -184,7 +184,7 @@ def _unmerge_set(desk: Desk, round_number: int) -> tuple[UnmergeEntry, ...]:
     to make up for it.
     """
     entries: list[UnmergeEntry] = []
-    oldest = round_number - 1 - desk.retain_rounds if desk.retain_rounds else 0
+    oldest = bans.newest_pruned(desk, round_number - 1)
     for unit in desk.store.units_to_unmerge():
         assert unit.chosen is not None
         assert unit.merged_in is not None

@@ -1,12 +1,15 @@
 """What comes between two steps: while a merge is weighed, while an appeal waits, and after the run's end."""
 
+from dataclasses import replace
+
 import pytest
 
+from coordinator import bans
 from coordinator.audits import AuditState, Scrutiny
 from coordinator.owners import OwnerState
 from coordinator.units import AttemptState
 from protocol.documents import digest_of
-from protocol.errors import RoundTooOld
+from protocol.errors import DeltaNotFinite, RoundTooOld
 from protocol.limits import COME_BACK_MS
 from tests.coordinator.desk_harness import Opening, replicated
 from tests.coordinator.desk_people import DRAWN, ESTABLISHED, LEASE_MS, ONE
@@ -89,6 +92,56 @@ def test_an_appeal_that_waits_leaves_in_what_was_to_stay_and_takes_out_what_was_
     office.deliver(ada)
     assert office.publish()
     assert (digest_of(merged.claim) in office.unmerged(2)) == goes
+
+
+def test_an_appeal_that_waits_is_heard_though_the_rounds_deltas_are_thrown_away_meanwhile(opening: Opening) -> None:
+    office = opening(floor=0, planned=12, retain_rounds=2)
+    eve, ada = (office.volunteer(name, record=ESTABLISHED) for name in ("eve", "ada"))
+    merged = office.deliver(eve)
+    assert office.publish()
+    office.refuse(office.train(eve), DeltaNotFinite())  # a fault of a disk: what it had merged is looked back at
+    broken = office.auditor("broken")
+    while office.judge(broken, believes="nonsense"):
+        pass
+    assert office.owner(eve)[0] is OwnerState.BANNED
+    office.appeal(merged)
+    for _ in range(3):
+        office.deliver(ada)
+        assert office.publish()
+    assert bans.newest_pruned(office.desk, office.round - 1) >= 1
+    assert bans.appealed_blobs(office.desk) == {merged.claim.artifacts[0].blob_sha256}
+    assert office.judge(office.auditor("second")) == ("confirmed",)
+    assert office.code(merged) == "RESTORED"
+    assert office.owner(eve)[0] is OwnerState.PROBATION
+    assert bans.appealed_blobs(office.desk) == frozenset()
+
+
+# --- while the operator keeps more or less -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retain_rounds", [0, 10])
+def test_what_was_thrown_away_is_not_taken_out_when_the_operator_decides_to_keep_more(
+    opening: Opening, retain_rounds: int
+) -> None:
+    office = opening(floor=0, planned=12, retain_rounds=2)
+    eve, ada = (office.volunteer(name, record=ESTABLISHED) for name in ("eve", "ada"))
+    poison = office.deliver(eve, "poison")
+    assert office.publish()
+    caught = office.deliver(eve, "lie", ms=0)
+    office.wait(LEASE_MS // 4)
+    office.judge(office.auditor())
+    assert office.code(caught) == "REPLAY_DIFFERS"
+    office.deliver(ada)
+    assert office.publish()
+    office.deliver(ada)
+    assert office.close()
+    office.judge(office.auditor())  # too late for this merge, and before the next one it is thrown away
+    office.finish()
+    assert office.code(poison) == "RETRACTED"
+    office.desk = replace(office.desk, retain_rounds=retain_rounds)
+    office.deliver(ada)
+    assert office.publish()
+    assert office.unmerged(4) == set()
 
 
 # --- while bytes travel --------------------------------------------------------------------------------------
