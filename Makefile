@@ -1,7 +1,7 @@
 # Every task of the project, one line each. `make demo` and `make test` set up all they need.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PACKAGES := protocol mmdit diloco verify worker coordinator commonweight
 
 .PHONY: demo test lint format bench wire docs clean
@@ -10,8 +10,8 @@ demo: .venv
 	$(BIN)/commonweight demo
 
 test: .venv  # for two cores; whole runs apart and last: they are few and long, and wait for their own processes half the time
-	$(PYTEST) -n 2 --ignore tests/integration
-	$(PYTEST) -n 3 tests/integration
+	$(PYTEST) -n 2 --dist loadfile --ignore tests/integration
+	$(PYTEST) -n 3 --dist worksteal tests/integration
 
 lint: .venv
 	$(BIN)/ruff format --check .

@@ -116,9 +116,9 @@ class Auditing:
         try:
             opinions = await self._opinions(task)
             await self._submit(opinions)
-        except (UnitAbandoned, AuditUnknown) as error:
+        except UnitAbandoned as error:
             self._dropped(task, error)
-        except (TryLater, BytesRefused, TrainingDiverged, DiskFull) as error:
+        except (AuditUnknown, TryLater, BytesRefused, TrainingDiverged, DiskFull) as error:
             # Not the same audit again at once: what failed will mostly fail again.
             self._dropped(task, error)
             await self._failing.after(error)
