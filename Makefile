@@ -9,7 +9,7 @@ PACKAGES := protocol mmdit diloco verify worker coordinator commonweight
 demo: .venv
 	$(BIN)/commonweight demo
 
-test: .venv  # for two cores; whole runs apart and last: they are few and long, and wait for their own processes half the time
+test: .venv  # for two cores; whole runs apart and last: they are few and long, and often wait for their own processes
 	$(PYTEST) -n 2 --dist loadfile --ignore tests/integration
 	$(PYTEST) -n 3 --dist worksteal tests/integration
 

@@ -169,7 +169,7 @@ def _files(directory: RunDirectory, newest: int) -> Iterator[Path]:
             ):
                 folders.clear()
                 continue
-            numbered = Path(folder).parent == directory.public
+            numbered = Path(folder) in (directory.public / "log", directory.public / "metrics")
             for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
                 if not (numbered and _is_later(path, newest)):
                     yield path

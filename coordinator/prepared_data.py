@@ -15,6 +15,7 @@ from protocol.errors import ConfigInvalid, DatasetInvalid
 PRESET: Final = "preset"
 """In a manifest's `encoder`: the model that it was prepared for. Others of the same widths can train on it too."""
 _MISSING: Final = object()
+_USUAL_SHARDS: Final = Settings().rounds.shards_per_unit
 
 
 def suggested_settings(manifest: DatasetManifest) -> dict[str, object]:
@@ -28,6 +29,7 @@ def suggested_settings(manifest: DatasetManifest) -> dict[str, object]:
         "model.preset": _preset(manifest),
         "model.text": conditioning.get("kind"),
         "model.max_tokens": conditioning.get("max_tokens"),
+        "rounds.shards_per_unit": len(manifest.shards) if len(manifest.shards) < _USUAL_SHARDS else None,
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -34,6 +34,7 @@ from protocol.canonical import canonical_json
 from protocol.errors import CommonweightError, ConfigInvalid, DelegationInvalid, DirectoryNotARun
 from protocol.join import JoinString
 from protocol.limits import DAY_MS
+from verify.hearing import components_option
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ class Supervisor:
                 serving_file(self._directory),
                 canonical_json({"join": serving.join, "pids": serving.pids, "public_url": serving.public_url}),
             )
-            print(f"ready: volunteers join with\n  commonweight worker start --join {serving.join}", flush=True)
+            needed = components_option(self._identity.config)
+            print(f"ready: volunteers join with\n  commonweight worker start --join {serving.join}{needed}", flush=True)
             print(f"public files: {serving.public_url}", flush=True)
             while all(child.poll() is None for child in self._children.values()):
                 self._keep_auditor(serving.join)
@@ -144,7 +146,12 @@ class Supervisor:
         with log_file.open("ab") as log:
             self._auditor_log_began = log.tell()
             self._auditor = subprocess.Popen(
-                self._auditor_command(join), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                [*self._auditor_command(join), "--lifeline", str(self._lifeline_read)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                pass_fds=(self._lifeline_read,),
+                start_new_session=True,
             )
 
     def _stop_auditor(self) -> None:

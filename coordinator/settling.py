@@ -350,9 +350,14 @@ def _end_rounds(desk: Desk, newest: int, *, last: bool) -> None:
 
     What came in time and waits for its audit is not late: it is merged after that, unless the run is over.
     """
-    for unsent in desk.store.unsent_in_doubt(newest):
-        if not last and not auditing.serves(desk, unsent.lease):
-            _end_unsent(desk, unsent)
+    for unsent in () if last else desk.store.unsent_in_doubt(newest):
+        if auditing.serves(desk, unsent.lease):
+            continue
+        if is_at_work(unsent, desk.clock.now_ms()):
+            # Whose time for sending is not over has done nothing wrong, and gains nothing: it is merged nowhere.
+            verdicts.judge(desk, unsent, verdicts.too_late(desk, unsent))
+        else:
+            replicas.forfeit(desk, unsent)
     for unit in desk.store.unsettled_units(newest):
         attempts = desk.store.attempts_of_unit(unit.unit)
         if last or not any(attempt.state is AttemptState.RECEIVED for attempt in attempts):
@@ -374,20 +379,6 @@ def _end_rounds(desk: Desk, newest: int, *, last: bool) -> None:
             verdicts.judge(desk, attempt, verdicts.unused(desk, attempt, unit_of))
             for audit in waiting:
                 bans.drop(desk, audit)
-
-
-def _end_unsent(desk: Desk, attempt: Attempt) -> None:
-    """Judge a claim that was to be looked at, whose bytes did not come before the last round that may merge them.
-
-    Whose time for sending them is not over has done nothing wrong, and gains nothing: they are merged nowhere.
-    """
-    if not is_at_work(attempt, desk.clock.now_ms()):
-        replicas.forfeit(desk, attempt)
-        return
-    verdicts.judge(desk, attempt, verdicts.too_late(desk, attempt))
-    for audit in desk.store.audits_of_subject(attempt.lease):
-        if auditing.is_open(audit):
-            bans.drop(desk, audit)
 
 
 def _record_merged(desk: Desk, entry: MergeEntry, checkpoint: int) -> None:

@@ -43,6 +43,11 @@ def networks_source(config: RunConfig) -> str:
     return printable(source) if isinstance(source, str) else ""
 
 
+def components_option(config: RunConfig) -> str:
+    """Return what a command for a run's trainers must say besides, with a blank before it; empty for most runs."""
+    return " --components FOLDER" if heard_by_trainers(config) else ""
+
+
 def refuse_unnamed(config: RunConfig, *, named: bool) -> None:
     """Raise `NetworksMissing` if a run's units need text encoders here and nobody has said where they are.
 

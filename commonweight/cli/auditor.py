@@ -65,16 +65,23 @@ def start(
     cache_gib: Annotated[float, typer.Option(help="Cap on the run's files kept on this disk, in GiB.")] = 20.0,
     components: Components = None,
     json: Annotated[bool, typer.Option("--json", help="Tell progress as JSON lines, for programs.")] = False,
+    lifeline: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="FD", help="For programs that start one: end at once when this open pipe closes."),
+    ] = None,
 ) -> None:
     """Judge what the coordinator asks about until stopped. Ctrl-C ends it cleanly; twice, at once."""
     import asyncio
 
     from commonweight.cli.telling import make_reporter
+    from coordinator.lifeline import exit_with_parent
     from protocol.join import JoinString
     from protocol.limits import GIB
     from worker.audit_home import DELEGATION, KEY
     from worker.auditor import AuditorSettings
 
+    if lifeline is not None:
+        exit_with_parent(lifeline)
     if not 0 < cache_gib < math.inf:
         raise UsageError(f"--cache-gib is {cache_gib:g}; it must be a number above 0.")
     place = (home or default_home()).absolute()

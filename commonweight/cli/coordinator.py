@@ -366,12 +366,15 @@ def _show_new_run(
     given: Path, run: "RunDirectory", identity: "RunIdentity", settings: "Settings", key_file: Path, *, rewritten: bool
 ) -> None:
     from coordinator.forecast import forecast, show_bytes
+    from verify.hearing import components_option
 
+    needed = components_option(identity.config)
     storage = settings.storage
     expected = forecast(identity.config, retain_rounds=storage.retain_rounds, snapshot_every=storage.snapshot_every)
     free = shutil.disk_usage(run.root).free
     until = datetime.fromtimestamp(identity.delegation.not_after_ms / 1000, UTC).date()
     join = settings.server.join_string(identity.run)
+    hint = "" if join else "     (`serve` prints the token)"
     lines = [
         f'made run "{identity.config.name}" in {run.root}',
         f"run id: {identity.run}",
@@ -393,8 +396,8 @@ def _show_new_run(
         "  it the run ends then.",
         "",
         "next:",
-        f"  commonweight coordinator serve {given}",
-        f"  commonweight worker start --join {join or 'TOKEN     (`serve` prints the token)'}",
+        f"  commonweight coordinator serve {given}{needed}",
+        f"  commonweight worker start --join {join or 'TOKEN'}{needed}{hint}",
     ]
     typer.echo("\n".join(printable(line) for line in lines))
 

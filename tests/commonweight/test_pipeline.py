@@ -1,5 +1,6 @@
 """From pictures and captions to a pipeline of diffusers that draws from a prompt, by way of a run's own commands."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -353,7 +354,11 @@ def test_tiny_networks_are_written_by_a_command_and_never_over_something_else(tm
 
 def test_a_run_whose_own_auditor_could_not_hear_captions_is_not_served(captions_only: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command("coordinator", "init", run, "--data", captions_only, "--set", "rounds.shards_per_unit=1")
+    assert len(open_dataset(captions_only).manifest.shards) == 1
+    said = command("coordinator", "init", run, "--data", captions_only)
+    assert RunDirectory(run).settings().rounds.shards_per_unit == 1, "as many as there are"
+    assert f"  commonweight coordinator serve {run} --components FOLDER\n" in said
+    assert re.search(r"  commonweight worker start --join \S+ --components FOLDER\s", said)
     write_tiny_components(tmp_path / "others", PRESETS["rgb16"], seed=2)
     for named, sentence in (
         ((), "runs its text encoders, clip_l, clip_g, t5"),

@@ -112,6 +112,20 @@ def test_a_run_of_newcomers_is_audited_by_its_own_auditor_merged_and_can_be_chec
             assert done.returncode == 0, done.stderr
 
 
+def test_the_auditor_ends_with_a_supervisor_that_is_killed_and_the_next_one_starts_its_own(folder: Path) -> None:
+    with LiveRun(folder, (*AUDITED, "rounds.planned=50")) as run:
+
+        def ready() -> int:
+            return (run.directory.auditor_home / "auditor.log").read_text().count('"event": "ready"')
+
+        run.start()
+        until(lambda: ready() == 1, 60, "the auditor")
+        run.kill_all()  # waits for the end of all that it started
+        run.start()
+        until(lambda: ready() == 2, 60, "another auditor")
+        assert "DIRECTORY_IN_USE" not in run.log.read_text()
+
+
 @in_loop
 async def test_a_forged_delta_is_refuted_its_owner_banned_and_an_appeal_goes_to_a_second_auditor(
     audited: LiveRun, folder: Path
